@@ -1,0 +1,130 @@
+import pytest
+import torch
+from torchvision.models import vgg16
+
+from vistok.errors import UserError
+from vistok.losses import LPIPS, PatchDiscriminator, ReconstructionLoss, TokenizerLoss
+from vistok.losses import adversarial as gan
+
+
+@pytest.fixture(scope="session")
+def vgg_file(tmp_path_factory):
+    """Random weights in the layout of torchvision's file."""
+    path = tmp_path_factory.mktemp("lpips") / "vgg16.pth"
+    torch.manual_seed(0)
+    features = vgg16().features.state_dict()
+    torch.save({f"features.{name}": t for name, t in features.items()}, path)
+    return path
+
+
+@pytest.fixture
+def images():
+    return torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32, requires_grad=True)
+
+
+def test_reconstruction_kinds():
+    black, grey = torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), 0.5)
+    assert ReconstructionLoss("l1")(black, grey) == 0.5
+    assert ReconstructionLoss("l2")(black, grey) == 0.25
+
+
+def test_lpips_is_a_frozen_distance(vgg_file, images):
+    x, y = images
+    lpips = LPIPS(vgg_file).train()
+    assert not any(p.requires_grad for p in lpips.parameters())
+    distance = lpips(x, y)
+    assert distance.shape == (2,)
+    assert (distance > 0).all()
+    assert torch.equal(lpips(x, x), torch.zeros(2))
+    assert torch.equal(distance, lpips(x, y)), "dropout stays off in training"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(distance, lpips(x, y))
+    torch.testing.assert_close(distance, lpips.net(x, y, normalize=True).flatten())
+    distance.sum().backward()
+    assert y.grad.abs().sum() > 0
+
+
+def test_lpips_gradient_is_finite_where_features_vanish(vgg_file):
+    lpips = LPIPS(vgg_file)
+    last = lpips.net.net.slice5[-2]
+    torch.nn.init.constant_(last.bias, -1e4)
+    image = torch.rand(1, 3, 32, 32, requires_grad=True)
+    lpips(torch.rand(1, 3, 32, 32), image).sum().backward()
+    assert image.grad.isfinite().all()
+
+
+def test_lpips_refuses_what_is_not_vgg(tmp_path):
+    with pytest.raises(UserError, match="VGG-16 weights not found at"):
+        LPIPS(tmp_path / "absent.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(UserError, match="not a readable"):
+        LPIPS(tmp_path / "text.pth")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="does not hold VGG-16"):
+        LPIPS(tmp_path / "other.pth")
+
+
+def test_patch_discriminator_is_the_published_one():
+    discriminator = PatchDiscriminator()
+    assert sum(p.numel() for p in discriminator.parameters()) == 2_765_633
+    assert discriminator(torch.rand(1, 3, 256, 256)).shape == (1, 1, 30, 30)
+
+
+@pytest.mark.parametrize("kind", ["hinge", "vanilla"])
+def test_discriminator_loss_prefers_the_truth(kind):
+    high, low = torch.full((4, 1, 2, 2), 3.0), torch.full((4, 1, 2, 2), -3.0)
+    right = gan.discriminator_loss(high, low, kind)
+    assert right < gan.discriminator_loss(low, low, kind) < gan.discriminator_loss(low, high, kind)
+    assert right == 0 if kind == "hinge" else right > 0
+    assert gan.generator_loss(high) < gan.generator_loss(low)
+
+
+def test_adaptive_weight_balances_gradients():
+    layer = torch.nn.Parameter(torch.tensor([2.0, 1.0]))
+    weight = gan.adaptive_weight((3 * layer).sum(), (12 * layer).sum(), layer)
+    torch.testing.assert_close(weight, torch.tensor(0.25), rtol=1e-4, atol=0)
+
+
+def adversarial_loss(**kwargs):
+    return TokenizerLoss(
+        adversarial_weight=0.5, adversarial_start=10, discriminator_channels=4, **kwargs
+    )
+
+
+def test_total_is_the_sum_of_its_terms(vgg_file, images):
+    x, y = images
+    layer = torch.nn.Parameter(torch.ones(()))
+    loss = adversarial_loss(perceptual_weight=0.3, lpips_weights=vgg_file, adaptive=True)
+    quantizer_losses = {"commitment": torch.tensor(0.7)}
+    total, terms = loss.generator_loss(x, y * layer, quantizer_losses, 10, layer)
+    assert set(terms) == {"reconstruction", "perceptual", "adversarial", "commitment"}
+    torch.testing.assert_close(total, sum(terms.values()))
+    torch.testing.assert_close(terms["reconstruction"], (x - y).square().mean())
+    assert not any(t.requires_grad for t in terms.values())
+
+
+def test_generator_pass_spares_the_discriminator(images):
+    x, y = images
+    layer = torch.nn.Parameter(torch.ones(()))
+    loss = adversarial_loss(reconstruction_weight=0.0)
+    loss.generator_loss(x, y * layer, {}, 10, layer)[0].backward()
+    assert layer.grad.abs() > 0
+    assert all(p.grad is None for p in loss.discriminator.parameters())
+    loss.discriminator_loss(x, y, 10)[0].backward()
+    assert all(p.grad is not None for p in loss.discriminator.parameters())
+
+
+def test_adversary_waits_for_its_start(images):
+    x, y = images
+    loss = adversarial_loss()
+    layer = torch.nn.Parameter(torch.ones(()))
+    assert not loss.is_adversarial(9)
+    assert loss.is_adversarial(10)
+    assert "adversarial" not in loss.generator_loss(x, y, {}, 9, layer)[1]
+    assert loss.discriminator_loss(x, y, 9)[0] == 0
+    assert loss.discriminator_loss(x, y, 10)[0] > 0
+
+
+def test_without_adversary_there_is_no_discriminator():
+    assert TokenizerLoss().discriminator is None
+    assert not TokenizerLoss().is_adversarial(10**9)

@@ -1,0 +1,193 @@
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from vistok.errors import UserError
+from vistok.quantizers import FSQ, VQ, code_statistics
+
+QUANTIZERS = {
+    "fsq": lambda: FSQ([8, 5, 4]),
+    "vq": lambda: VQ(20, 3),
+    "vq-euclidean": lambda: VQ(20, 3, l2_normalise=False),
+    "vq-entropy-revival": lambda: VQ(20, 3, entropy=0.1, revival=True),
+}
+every_quantizer = pytest.mark.parametrize("make", QUANTIZERS.values(), ids=QUANTIZERS)
+
+
+def spread(quantizer):
+    """Give a codebook of unit scale, so that latents of unit scale meet many codes."""
+    if isinstance(quantizer, VQ):
+        torch.nn.init.normal_(quantizer.embedding.weight)
+    return quantizer
+
+
+@every_quantizer
+def test_the_three_paths_agree(make):
+    torch.manual_seed(0)
+    quantizer = spread(make())
+    latents = torch.randn(2, 4, 5, quantizer.dim)
+    trained = quantizer(latents)
+    evaluated = quantizer.eval()(latents)
+    assert evaluated.ids.dtype == torch.int64
+    assert evaluated.ids.shape == (2, 4, 5)
+    assert torch.equal(evaluated.ids, trained.ids)
+    assert torch.equal(evaluated.ids, quantizer.encode(latents))
+    assert torch.equal(evaluated.quantised, quantizer.decode(evaluated.ids))
+    torch.testing.assert_close(trained.quantised, evaluated.quantised)
+
+
+@every_quantizer
+def test_autocast_leaves_float32_arithmetic(make):
+    torch.manual_seed(0)
+    quantizer = spread(make()).eval()
+    latents = torch.randn(200, quantizer.dim).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        under = quantizer(latents)
+    assert under.quantised.dtype == torch.float32
+    assert torch.equal(under.ids, quantizer.encode(latents.float()))
+    assert torch.equal(under.quantised, quantizer(latents.float()).quantised)
+
+
+def test_code_statistics():
+    usage, perplexity = code_statistics(torch.arange(8).repeat(3), 8)
+    assert usage == 1
+    torch.testing.assert_close(perplexity, torch.tensor(8.0))
+    usage, perplexity = code_statistics(torch.full((5, 2), 3), 8)
+    assert (usage, perplexity) == (1 / 8, 1)
+
+
+@pytest.mark.parametrize("levels", [[8, 5, 4], [3, 7], [8, 8, 8]])
+def test_fsq_reaches_every_code(levels):
+    quantizer = FSQ(levels)
+    ids = torch.arange(quantizer.vocab_size)
+    codes = quantizer.decode(ids)
+    assert len(codes.unique(dim=0)) == len(ids)
+    assert codes.min() == -1
+    # Invert tanh(z + shift) * half_width - offset at the centre of each level.
+    n = torch.tensor(levels)
+    half_width, offset = (n - 1) * 1.001 / 2, (n % 2 == 0) / 2
+    latents = torch.atanh((codes * (n // 2) + offset) / half_width) - torch.atanh(
+        offset / half_width
+    )
+    assert torch.equal(quantizer.encode(latents), ids)
+
+
+def test_fsq_first_channel_is_least_significant():
+    codes = FSQ([3, 5, 4]).decode(torch.arange(60)).reshape(4, 5, 3, 3)
+    assert codes[0, 0, :, 0].tolist() == [-1, 0, 1]
+    assert codes[0, :, 0, 1].tolist() == [-1, -0.5, 0, 0.5, 1]
+    assert codes[:, 0, 0, 2].tolist() == [-1, -0.5, 0, 0.5]
+
+
+def test_fsq_gradient_passes_through_rounding():
+    latents = torch.randn(7, 2, requires_grad=True)
+    upstream = torch.randn(7, 2)
+    (FSQ([5, 7])(latents).quantised * upstream).sum().backward()
+    half_width = torch.tensor([4, 6]) * 1.001 / 2
+    slope = (1 - torch.tanh(latents).square()) * half_width / torch.tensor([2, 3])
+    torch.testing.assert_close(latents.grad, upstream * slope)
+
+
+@pytest.mark.parametrize("levels", [[], [8, 2]])
+def test_fsq_refuses_levels(levels):
+    with pytest.raises(UserError, match="at least 3"):
+        FSQ(levels)
+
+
+@pytest.mark.parametrize("l2_normalise", [True, False])
+def test_vq_finds_the_nearest_code(l2_normalise):
+    torch.manual_seed(0)
+    quantizer = spread(VQ(50, 4, l2_normalise=l2_normalise))
+    latents, codes = torch.randn(300, 4), quantizer.embedding.weight
+    if l2_normalise:
+        latents, codes = F.normalize(latents, dim=1), F.normalize(codes, dim=1)
+    assert torch.equal(quantizer.encode(latents), torch.cdist(latents, codes).argmin(1))
+
+
+def test_vq_losses_and_gradients():
+    torch.manual_seed(0)
+    quantizer = spread(VQ(9, 4, l2_normalise=False, commitment=0.5, codebook_weight=2.0))
+    latents = torch.randn(6, 4, requires_grad=True)
+    upstream = torch.randn(6, 4)
+    result = quantizer(latents)
+    error = latents.detach() - quantizer.decode(result.ids)
+    assert set(result.losses) == {"codebook", "commitment"}
+    torch.testing.assert_close(result.losses["codebook"], 2.0 * error.square().mean())
+    torch.testing.assert_close(result.losses["commitment"], 0.5 * error.square().mean())
+    ((result.quantised * upstream).sum() + sum(result.losses.values())).backward()
+    torch.testing.assert_close(latents.grad, upstream + 0.5 * 2 * error / error.numel())
+    expected = torch.zeros(9, 4).index_add(0, result.ids, -2.0 * 2 * error / error.numel())
+    torch.testing.assert_close(quantizer.embedding.weight.grad, expected)
+
+
+def test_vq_entropy_loss():
+    torch.manual_seed(0)
+    quantizer = spread(VQ(9, 4, entropy=0.3))
+    latents = torch.randn(6, 4, requires_grad=True)
+    losses = quantizer(latents).losses
+    distances = torch.cdist(F.normalize(latents), F.normalize(quantizer.embedding.weight)).square()
+    p = torch.softmax(-distances / 0.01, dim=1)
+    per_latent = -torch.special.xlogy(p, p).sum(1).mean()
+    of_mean = -(p.mean(0) * torch.log(p.mean(0) + 1e-5)).sum()
+    torch.testing.assert_close(
+        losses["entropy"], 0.3 * (per_latent - of_mean), rtol=1e-4, atol=1e-5
+    )
+    losses["entropy"].backward()
+    assert latents.grad.isfinite().all()
+    assert quantizer.embedding.weight.grad.isfinite().all()
+
+
+def test_revival_moves_dead_codes_only():
+    torch.manual_seed(0)
+    quantizer = VQ(4, 2, l2_normalise=False, revival=True)
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(torch.tensor([[0.0, 0], [10, 0], [0, 10], [90, 90]]))
+    # The first three codes share all latents; the last is nearest to (2, 9) but never chosen.
+    latents = torch.tensor([[0.0, 1], [9, 0], [2, 9]])
+    before = quantizer.embedding.weight.clone()
+    quantizer.update(latents)
+    after = quantizer.embedding.weight
+    torch.testing.assert_close(after[:3], before[:3], rtol=0, atol=1e-3)
+    torch.testing.assert_close(after[3], torch.tensor([2.0, 9.0]), rtol=0, atol=0.2)
+    torch.testing.assert_close(quantizer.embed_prob, torch.tensor([1, 1, 1, 0]) * 0.01 / 3)
+
+
+def test_update_without_revival_changes_nothing():
+    quantizer = VQ(4, 2)
+    before = quantizer.embedding.weight.clone()
+    quantizer.update(torch.randn(5, 2))
+    assert torch.equal(quantizer.embedding.weight, before)
+
+
+STEPS, LATENTS = 3, 10
+
+
+def revived(latents):
+    """Return a codebook and its usage after one update per row of `latents`."""
+    torch.manual_seed(0)
+    quantizer = spread(VQ(30, 4, revival=True))
+    for step in latents:
+        quantizer.update(step)
+    return {name: t.clone() for name, t in quantizer.state_dict().items()}
+
+
+def run_process(rank, world, folder):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    mine = torch.load(f"{folder}/latents.pt").chunk(world, dim=1)[rank]
+    torch.save(revived(mine), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_keep_one_codebook(tmp_path):
+    latents = torch.randn(STEPS, 2 * LATENTS, 4, generator=torch.Generator().manual_seed(1))
+    torch.save(latents, tmp_path / "latents.pt")
+    mp.spawn(run_process, args=(2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    alone = revived(latents)
+    for name, tensor in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-6)

@@ -1,0 +1,163 @@
+import pytest
+import torch
+
+from vistok import tokenizers
+from vistok.errors import CheckpointError, UserError
+from vistok.quantizers import FSQ, VQ
+from vistok.tokenizers import ConvTokenizer, QuantizedTokenizer, TiTok, Tokenizer
+
+VIT = {
+    "encoder_width": 24,
+    "encoder_depth": 2,
+    "encoder_heads": 2,
+    "decoder_width": 20,
+    "decoder_depth": 1,
+    "decoder_heads": 4,
+}
+CONV = {"channels": 8, "num_res_blocks": 1, "z_channels": 12}
+
+TOKENIZERS = {
+    "conv": lambda q: ConvTokenizer(q, 16, channel_multipliers=(1, 2, 3), **CONV),
+    "conv-patches": lambda q: ConvTokenizer(
+        q, (16, 24), channel_multipliers=(2, 1), patch_size=2, attention=False, **CONV
+    ),
+    "titok": lambda q: TiTok(q, 16, 4, num_latent_tokens=5, decoder_patch_size=8, **VIT),
+    "titok-stem": lambda q: TiTok(q, 16, 4, num_latent_tokens=5, stem_channels=8, **VIT),
+}
+QUANTIZERS = {
+    "fsq": lambda: FSQ([8, 5, 4]),
+    "vq": lambda: VQ(64, 4),
+    "vq-revival": lambda: VQ(64, 4, l2_normalise=False, entropy=0.1, revival=True),
+}
+
+
+@pytest.fixture(params=[(t, q) for t in TOKENIZERS for q in QUANTIZERS], ids="+".join)
+def tokenizer(request):
+    family, quantizer = request.param
+    return TOKENIZERS[family](QUANTIZERS[quantizer]())
+
+
+@pytest.fixture
+def images(tokenizer):
+    return torch.rand(3, 3, *tokenizer.image_size)
+
+
+def test_every_exported_tokenizer_is_tried():
+    exported = (getattr(tokenizers, name) for name in tokenizers.__all__)
+    concrete = {
+        c for c in exported if issubclass(c, Tokenizer) and c not in (Tokenizer, QuantizedTokenizer)
+    }
+    assert {type(make(FSQ([8, 5, 4]))) for make in TOKENIZERS.values()} == concrete
+
+
+def test_round_trip_is_the_forward_pass(tokenizer, images):
+    tokenizer.eval()
+    tokens = tokenizer.encode(images)
+    tokenizer.spec.check(tokens, "encode")
+    assert tokens.dtype == torch.int64
+    assert tokens.min() >= 0 and tokens.max() < tokenizer.spec.vocab_size
+    output = tokenizer(images)
+    assert torch.equal(output.tokens, tokens)
+    decoded = tokenizer.decode(tokens)
+    assert decoded.shape == images.shape
+    torch.testing.assert_close(decoded, output.reconstruction.clamp(0, 1))
+
+
+def test_training_step_reaches_every_parameter(tokenizer, images):
+    output = tokenizer(images)
+    (output.reconstruction.square().mean() + sum(output.losses.values())).backward()
+    without = [name for name, p in tokenizer.named_parameters() if p.grad is None]
+    assert without == []
+    assert tokenizer.last_layer.grad.abs().sum() > 0
+    first = next(tokenizer.encoder.parameters())
+    assert first.grad.abs().sum() > 0, "the gradient passes the quantizer"
+    tokenizer.update_codebook(output.latents)
+    assert all(p.isfinite().all() for p in tokenizer.parameters())
+
+
+def test_save_and_load(tokenizer, images, tmp_path):
+    tokenizer.eval().save_pretrained(tmp_path)
+    loaded = Tokenizer.from_pretrained(tmp_path)
+    assert type(loaded) is type(tokenizer)
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+    assert torch.equal(loaded.encode(images), tokenizer.encode(images))
+    tokens = tokenizer.encode(images)
+    assert torch.equal(loaded.decode(tokens), tokenizer.decode(tokens))
+
+
+def test_bfloat16(tokenizer, images):
+    with torch.autocast("cpu", torch.bfloat16):
+        output = tokenizer(images)
+        loss = output.reconstruction.mean() + sum(output.losses.values())
+    loss.backward()
+    assert output.reconstruction.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in tokenizer.parameters())
+    tokenizer.eval().bfloat16()
+    decoded = tokenizer.decode(tokenizer.encode(images))
+    assert decoded.dtype == torch.float32
+    assert decoded.isfinite().all()
+
+
+def test_refuses_images_and_tokens_of_another_shape(tokenizer):
+    height, width = tokenizer.image_size
+    with pytest.raises(UserError, match=f"expected \\(B, 3, {height}, {width}\\)"):
+        tokenizer.encode(torch.rand(1, 3, height + 1, width))
+    with pytest.raises(UserError, match="expected"):
+        tokenizer.decode(torch.zeros(1, 2, dtype=torch.int64))
+
+
+def test_conv_weights_serve_any_image_size(tmp_path):
+    small = TOKENIZERS["conv"](FSQ([8, 5, 4])).eval()
+    small.save_pretrained(tmp_path)
+    wide = Tokenizer.from_pretrained(tmp_path, image_size=[16, 32])
+    assert wide.spec.shape == (4, 8)
+    assert wide.encode(torch.rand(1, 3, 16, 32)).shape == (1, 4, 8)
+
+
+def test_conv_refuses_sizes():
+    with pytest.raises(UserError, match="20x16 must be divisible by 8"):
+        ConvTokenizer(FSQ([8, 5]), (20, 16), channel_multipliers=(1, 1), patch_size=4, **CONV)
+    with pytest.raises(UserError, match="counts must be equal"):
+        ConvTokenizer(
+            FSQ([8, 5]), 16, channel_multipliers=(1, 1), decoder_channel_multipliers=(1,), **CONV
+        )
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "parameters"), [((1, 1, 2, 2, 4), 71_883_403), ((1, 2, 2, 4), 70_109_835)]
+)
+def test_llamagen_sizes(multipliers, parameters):
+    with torch.device("meta"):
+        model = ConvTokenizer(VQ(16384, 8), channel_multipliers=multipliers)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_titok_sizes():
+    with torch.device("meta"):
+        model = TiTok(
+            VQ(8192, 64),
+            num_latent_tokens=128,
+            encoder_width=768,
+            encoder_depth=12,
+            encoder_heads=12,
+            decoder_width=1024,
+            decoder_depth=24,
+            decoder_heads=16,
+        )
+    millions = [
+        sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.encoder, model.decoder, model)
+    ]
+    assert [round(m, 1) for m in millions] == [86.0, 303.6, 390.2]
+
+
+def test_titok_refuses_sizes():
+    with pytest.raises(UserError, match="image_size 20 must be divisible by patch_size 8"):
+        TiTok(FSQ([8, 5]), 20, 8, **VIT)
+
+
+def test_loading_refuses_an_unknown_argument(tmp_path):
+    TOKENIZERS["titok"](FSQ([8, 5, 4])).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"patch_size"', '"patch_sise"'))
+    with pytest.raises(CheckpointError, match="did you mean 'patch_size'"):
+        Tokenizer.from_pretrained(tmp_path)

@@ -1,0 +1,199 @@
+"""Train a generator on the tokens of a frozen tokenizer.
+
+    accelerate launch train/generator.py --config configs/quickstart/generator.yaml
+    accelerate launch --num_processes 8 --mixed_precision bf16 train/generator.py --config ...
+
+Stop it with Ctrl-C or SIGTERM, and go on where it was with `--resume true`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vistok import ImagePipeline, TokenSpec, cli
+from vistok.data import (
+    EvaluationImages,
+    Images,
+    ImageSource,
+    Stream,
+    TokenCache,
+    Transform,
+    make_loader,
+)
+from vistok.errors import UserError
+from vistok.generators import Generator
+from vistok.images import image_grid
+from vistok.tokenizers import Tokenizer
+from vistok.training import (
+    EMA,
+    Checkpoints,
+    OptimizerConfig,
+    Progress,
+    RunConfig,
+    TrainingState,
+    Validation,
+    Window,
+    accumulate,
+    adamw,
+    describe,
+    guarded_step,
+    held_out_means,
+    opened,
+    report_non_finite,
+    set_learning_rate,
+    shard_like_model,
+    spread,
+    start_processes,
+)
+
+ADAMW = OptimizerConfig()
+RUN = RunConfig()
+ROWS, COLUMNS = 8, 8  # classes, and samples of each, in a validation picture
+
+
+def main(
+    generator: Callable[[TokenSpec, list[str]], Generator],
+    tokenizer: str,
+    output: str,
+    images: int,
+    data: ImageSource | None = None,
+    tokens: str | None = None,
+    batch_size: int = 64,
+    accumulation: int = 1,
+    transform: str = "random-crop-flip",
+    validation: ImageSource | None = None,
+    optimizer: OptimizerConfig = ADAMW,
+    ema_decay: float = 0.999,
+    seed: int = 0,
+    resume: bool = False,
+    allow_changes: bool = False,
+    run: RunConfig = RUN,
+) -> None:
+    """Train a generator. `output` receives the averaged model, for `Generator.from_pretrained`,
+    `checkpoints/`, `log.jsonl`, and `validation/` with samples, one class per row.
+
+    Args:
+        generator: the model; its token spec and class names come from tokenizer and data.
+        tokenizer: directory or Hub repository of the tokenizer, which stays as it is.
+        output: directory of the run.
+        images: length of the run in images seen.
+        data: pictures to train on, encoded as they come; or else
+        tokens: directory of a token cache made with this tokenizer.
+        batch_size: images per step, on all processes and in all micro-batches together.
+        accumulation: micro-batches into which each process splits its share of a step.
+        transform: named crop of pictures; held-out ones are centre crops.
+        validation: held-out pictures to score.
+        optimizer: of the generator.
+        ema_decay: decay of the moving average of the weights.
+        seed: of data order, crops, dropout and initial weights.
+        resume: go on from the newest checkpoint in `output`, if there is one.
+        allow_changes: resume although options have changed.
+        run: precision, cadence and other matters of carrying it out.
+    """
+    accelerator = start_processes(output, run, seed)
+    frozen = Tokenizer.from_pretrained(tokenizer).to(accelerator.device).eval()
+    frozen.requires_grad_(False)
+    size = frozen.image_size[0]
+    if (data is None) == (tokens is None):
+        raise UserError("give either data (pictures) or tokens (a token cache) to train on")
+    crop = Transform(transform, size)
+    if tokens is not None:
+        source = TokenCache(tokens)
+        source.check(frozen.fingerprint(), crop)
+        class_names = source.class_names
+    else:
+        source = Images(data, crop)
+        class_names = data.class_names
+    if validation is not None and tuple(validation.class_names) != tuple(class_names):
+        raise UserError(
+            f"validation data {validation.name} has other classes than the training data"
+        )
+    centred = Transform("resize-center-crop", size)
+    held_out = EvaluationImages(validation, centred) if validation else None
+    num_steps = -(-images // batch_size)
+
+    net = generator(frozen.spec, list(class_names)).to(accelerator.device).train()
+    ema = EMA(net, ema_decay)
+    if run.compile:
+        net.compile()
+    model, adam = accelerator.prepare(net, adamw(net, optimizer))
+    shard_like_model(accelerator, ema)
+    window = Window(accelerator)
+    state = TrainingState({"generator": model}, {"generator": adam}, ema, window)
+    checkpoints = Checkpoints(accelerator, Path(output), cli.resolved_config(), run.keep)
+
+    @torch.no_grad()
+    def tokens_of(batch: dict[str, Tensor]) -> Tensor:
+        # In full precision, whatever the generator's: a token cache holds the same tokens.
+        return batch["tokens"] if "tokens" in batch else frozen.encode(batch["image"])
+
+    def scores(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        loss = ema.module(tokens_of(batch), batch["label"]).loss
+        return {"validation/loss": loss.expand(len(batch["label"]))}
+
+    def draw() -> Image.Image:
+        """Return samples of the averaged model, one class per row."""
+        pipeline = ImagePipeline(frozen, ema.module)
+        classes = spread(len(net.class_names), ROWS)
+        labels = torch.tensor(classes).repeat_interleave(COLUMNS)
+        pictures = pipeline.sample(labels, seed=0, indices=range(len(labels)))
+        return image_grid(pictures, COLUMNS, [net.class_names[c] for c in classes])
+
+    def validate() -> Validation:
+        # Sampling calls parts of the model, which FSDP serves only as a whole.
+        picture = None if accelerator.is_fsdp2 else draw
+        if held_out is None:
+            return Validation(draw=picture)
+        means = held_out_means(accelerator, held_out, run.validation_images, scores)
+        return Validation(means, -means["validation/loss"], picture)
+
+    accelerator.print(
+        describe(
+            accelerator,
+            {**state.models, "tokenizer": frozen},
+            num_steps,
+            batch_size,
+            accumulation,
+            len(source),
+        )
+    )
+    with (
+        opened(checkpoints, state, resume, allow_changes),
+        Progress(checkpoints, state, run, num_steps, batch_size, len(source), validate) as progress,
+    ):
+        loader = make_loader(
+            Stream(source, seed),
+            start_step=state.step,
+            num_steps=num_steps - state.step,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            num_workers=run.num_workers,
+        )
+        for step, batches in progress.steps(loader, accumulation):
+            lr = optimizer.learning_rate(step, num_steps)
+            set_learning_rate(adam, lr)
+            seen = []
+            for batch in accumulate(accelerator, model, batches):
+                result = model(tokens_of(batch), batch["label"])
+                accelerator.backward(result.loss / accumulation)
+                seen.append({"loss": result.loss.detach(), **result.metrics})
+            taken, norm = guarded_step(accelerator, model, adam, seen, optimizer.max_grad_norm)
+            if taken:
+                ema.update_parameters(model)
+                window.add(seen, grad_norm=norm)
+            else:
+                state.skipped_steps += 1
+                report_non_finite(
+                    accelerator, checkpoints.output, step + 1, batches, seen, run.non_finite
+                )
+            if progress.end_step(lr=lr):
+                break
+
+
+if __name__ == "__main__":
+    cli.run(main)

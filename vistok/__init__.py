@@ -1,0 +1,30 @@
+"""vistok: visual tokenizers and the generators that decode them, as parts of one machine.
+
+Names are imported on first use, so that `import vistok` costs nothing beside torch.
+"""
+
+import importlib
+
+_MODULES = {
+    "vistok.tokens": ["TokenSpec"],
+    "vistok.pipelines": ["ImagePipeline"],
+    "vistok.quantizers": ["FSQ", "VQ"],
+    "vistok.tokenizers": ["ConvTokenizer", "TiTok", "Tokenizer"],
+    "vistok.heads": ["CategoricalHead"],
+    "vistok.generators": ["Generator", "LlamaGen"],
+    "vistok.decoding": ["Noise", "Plan", "Schedule", "decode", "raster"],
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'vistok' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

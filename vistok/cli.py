@@ -1,0 +1,86 @@
+"""Command lines: every script's options are the signature of its `main`, read by jsonargparse.
+
+`run(main)` gives a script `--config FILE`, dotted overrides, `--help` and `--print_config`; a mistake
+in the input ends in one line and exit code 2. `main` is the `vistok` command.
+"""
+
+import inspect
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, namespace_to_dict
+from jsonargparse.typing import register_type
+
+import vistok
+from vistok.decoding.schedules import Schedule
+from vistok.errors import UserError, suggestion
+
+register_type(Schedule, str, Schedule)
+
+_resolved: dict[str, Any] = {}
+
+
+def resolved_config() -> dict[str, Any]:
+    """Return the running command's options, defaults included, as plain nested values."""
+    return _resolved
+
+
+# How jsonargparse reports a name that it does not know.
+_UNKNOWN = re.compile(r"(?:Option '|unrecognized arguments: -*|import path string: )([\w.]+)")
+
+
+class _Parser(ArgumentParser):
+    """Ends a wrong option or key in one line that names the nearest right one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        unknown = _UNKNOWN.search(message)
+        if unknown:
+            message += suggestion(unknown.group(1).split(".")[-1], self._known_names())
+        _fail(f"{message}; see --help")
+
+    def _known_names(self) -> set[str]:
+        """Options of this command, and vistok's classes with their arguments."""
+        names = {option.lstrip("-") for a in self._actions for option in a.option_strings}
+        names |= {name.split(".")[-1] for name in names} | set(vistok.__all__)
+        for exported in (getattr(vistok, name) for name in vistok.__all__):
+            if inspect.isclass(exported):
+                names |= set(inspect.signature(exported.__init__).parameters)
+        return names
+
+
+def run(main: Callable[..., None]) -> None:
+    """Parse `main`'s options from the command line and call it."""
+    parser = _Parser(
+        prog=os.path.basename(sys.argv[0]),
+        description=inspect.getdoc(main).split("\n\nArgs:")[0],
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    parser.add_function_arguments(main, as_group=False, fail_untyped=True, sub_configs=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    options = parser.parse_args()
+    debug = options.pop("debug")
+    options.pop("config")
+    _resolved.update(yaml.safe_load(parser.dump(options, skip_validation=True)))
+    try:
+        main(**namespace_to_dict(parser.instantiate_classes(options)))
+    except UserError as error:
+        if debug:
+            raise
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _one_line(message: str) -> str:
+    return re.sub(r"\s*\n\s*", " ", message.strip())
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {_one_line(message)}", file=sys.stderr)
+    sys.exit(2)

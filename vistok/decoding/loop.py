@@ -1,0 +1,100 @@
+"""The decode loop: one for every static plan; it knows no generator class."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from vistok.decoding.noise import Noise
+from vistok.decoding.plans import Pass, Plan
+from vistok.decoding.sampling import Sampling
+from vistok.decoding.schedules import Schedule
+from vistok.tokens import TokenSpec
+
+
+@runtime_checkable
+class Steppable(Protocol):
+    """What the loop asks of a generator; see `vistok.generators.Generator`."""
+
+    spec: TokenSpec
+    head: object
+
+    def plan(self) -> Plan: ...
+    def null_condition(self, condition: Tensor) -> Tensor: ...
+    def new_state(self, rows: int, plan: Plan) -> object: ...
+    def step(self, tokens: Tensor, condition: Tensor, fed: Pass, state: object) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are decoded: the plan (None: the model's own) and the schedules of progress.
+
+    `guidance` is the classifier-free scale (Ho & Salimans, 2022), 1 being off; `budget` the inner
+    steps of diffusion and flow heads.
+    """
+
+    plan: Plan | None = None
+    guidance: Schedule = Schedule(1)
+    temperature: Schedule = Schedule(1)
+    top_k: int = 0
+    top_p: float = 1.0
+    budget: Schedule = Schedule(1)
+
+    def scales(self, plan: Plan) -> list[float]:
+        """The guidance scale of each pass."""
+        return [self.guidance(fraction) for fraction in plan.fractions]
+
+
+@torch.inference_mode()
+def decode(
+    generator: Steppable,
+    condition: Tensor,
+    noise: Noise,
+    decoding: Decoding | None = None,
+    state: object = None,
+    on_pass: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Decode one batch of tokens, (B, *spec.tensor_shape), for `condition` (B, ...).
+
+    The conditional and null halves of guidance run as one batch; the null half is dropped after the
+    last pass that needs it. `state` may be that of an earlier call with equal sizes (its memory is
+    used again); `on_pass(t, tokens)` sees the tokens after each pass.
+    """
+    decoding = decoding or Decoding()
+    plan = (decoding.plan or generator.plan()).to(condition.device)
+    spec, batch = generator.spec, len(condition)
+
+    scales = decoding.scales(plan)
+    guided_passes = max((t + 1 for t, scale in enumerate(scales) if scale != 1), default=0)
+
+    if guided_passes:
+        condition = torch.cat([condition, generator.null_condition(condition)])
+    if state is None:
+        state = generator.new_state(len(condition), plan)
+    state.reset()
+    draws = generator.head.draw_noise(noise, spec.num_tokens).to(condition.device)
+    tokens = torch.zeros(
+        (len(condition), spec.num_tokens, *spec.value_shape),
+        dtype=torch.float32 if spec.kind == "latents" else torch.int64,
+        device=condition.device,
+    )
+
+    for t, fed in enumerate(plan.passes):
+        if t == guided_passes and len(condition) > batch:
+            condition, tokens = condition[:batch], tokens[:batch]
+            state.keep(batch)
+        hidden = generator.step(tokens, condition, fed, state)
+        sampled = generator.head.sample(
+            hidden[:batch],
+            hidden[batch:] if len(hidden) > batch and scales[t] != 1 else None,
+            scales[t],
+            draws[:, fed.predict],
+            Sampling(decoding.temperature(plan.fractions[t]), decoding.top_k, decoding.top_p),
+            round(decoding.budget(plan.fractions[t])),
+        )
+        tokens[:, fed.predict] = sampled.repeat(len(tokens) // batch, *[1] * (sampled.ndim - 1))
+        if on_pass is not None:
+            on_pass(t, tokens[:batch])
+    return tokens[:batch].view(batch, *spec.tensor_shape)

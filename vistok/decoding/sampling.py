@@ -1,0 +1,64 @@
+"""Sampling of categorical tokens: temperature, top-k, top-p, and one uniform number per token."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from vistok.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a distribution is sharpened: temperature 0 takes the most likely token; `top_k` 0 and
+    `top_p` 1 leave it whole."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"{self}: needs temperature >= 0, top_k >= 0 (0 keeps all) and 0 < top_p <= 1"
+            )
+
+
+def probabilities(
+    logits: Float[Tensor, "*batch v"], sampling: Sampling
+) -> Float[Tensor, "*batch v"]:
+    """Return the sharpened distribution, float32; temperature must be positive.
+
+    Top-k keeps ties of the k-th logit; top-p (nucleus, Holtzman et al., 2020) keeps the most likely
+    tokens up to and including the one that crosses p.
+    """
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probs = logits.softmax(dim=-1)
+    if sampling.top_p < 1:
+        ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+        beyond = ranked.cumsum(dim=-1) - ranked >= sampling.top_p
+        probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+    return probs
+
+
+def sample_categorical(
+    logits: Float[Tensor, "*batch v"], uniform: Float[Tensor, "*batch"], sampling: Sampling
+) -> Int64[Tensor, "*batch"]:
+    """Draw one token per row by inverting the cumulative distribution at `uniform` in [0, 1).
+
+    Fixed shapes and no host synchronisation, unlike `torch.multinomial`; a token depends on its own
+    row and number alone. The sum runs in float64, so that 16k probabilities add up.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    cumulative = probabilities(logits, sampling).double().cumsum(dim=-1)
+    # The sum is one but for rounding; below it, the first larger entry has a positive probability.
+    total = cumulative[..., -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))
+    threshold = torch.minimum(uniform.double().unsqueeze(-1) * total, below)
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)

@@ -1,0 +1,69 @@
+"""What every generator takes and returns."""
+
+from dataclasses import dataclass, field
+
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from vistok.decoding.plans import Pass, Plan
+from vistok.errors import IncompatibleTokensError
+from vistok.heads.base import Head
+from vistok.models import Model
+from vistok.tokens import TokenSpec
+
+
+@dataclass
+class GeneratorOutput:
+    """`loss` is the scalar to minimise; `metrics` holds scalars to log."""
+
+    loss: Float[Tensor, ""]
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Generator(Model):
+    """Condition to tokens. Trained by `forward`; decoded by `vistok.decoding.decode`, which calls
+    `step` once per pass of a plan. No cache, counter or mask lives on the module.
+
+    Attributes: `spec`, the tokens it was built for; `class_names`, in the order of the labels;
+    `head`, hidden state to tokens; `kinds`, the kinds of tokens the family accepts.
+    """
+
+    kinds: tuple[str, ...] = ("ids",)
+    spec: TokenSpec
+    class_names: tuple[str, ...]
+    head: Head
+
+    def check_spec(self, spec: TokenSpec) -> None:
+        """Raise `IncompatibleTokensError` unless this family can model tokens of `spec`."""
+        if spec.kind not in self.kinds:
+            raise IncompatibleTokensError(
+                f"{type(self).__name__} models tokens of kind {' or '.join(self.kinds)}, "
+                f"not {spec}: choose a tokenizer of such tokens or another generator"
+            )
+
+    def plan(self) -> Plan:
+        """The order in which the model was trained, and by default decodes."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> GeneratorOutput:
+        """One training pass; corruption, order and condition dropout happen inside."""
+        raise NotImplementedError
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        """Return the unconditional condition of the same shape, for guidance."""
+        raise NotImplementedError
+
+    def new_state(self, rows: int, plan: Plan):
+        """Return the state (a key-value cache) of decoding `rows` sequences by `plan`."""
+        raise NotImplementedError
+
+    def compile_decoding(self, **options) -> None:
+        """Compile what `step` repeats, with `torch.compile`'s options; tokens stay the same."""
+        raise NotImplementedError
+
+    def step(
+        self, tokens: Int64[Tensor, "b n"], condition: Tensor, fed: Pass, state
+    ) -> Float[Tensor, "b s d"]:
+        """Feed the rows of one pass, reading and extending `state`, and return the hidden states of
+        the positions it predicts. `tokens` holds what is decoded so far; the rest is not read."""
+        raise NotImplementedError

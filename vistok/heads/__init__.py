@@ -1,0 +1,6 @@
+"""Heads: hidden state to the tokens of one set."""
+
+from vistok.heads.base import Head
+from vistok.heads.categorical import CategoricalHead
+
+__all__ = ["CategoricalHead", "Head"]

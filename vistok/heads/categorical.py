@@ -1,0 +1,47 @@
+"""The categorical head: one softmax over the codebook."""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from vistok.decoding.noise import Noise
+from vistok.decoding.sampling import Sampling, sample_categorical
+from vistok.heads.base import Head
+from vistok.models import register_to_config
+
+
+class CategoricalHead(Head):
+    """A bias-free linear map to logits, float32, zero at the start: training begins at the uniform
+    distribution."""
+
+    @register_to_config
+    def __init__(self, dim: int, vocab_size: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, vocab_size, bias=False)
+        nn.init.zeros_(self.linear.weight)
+
+    def logits(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch v"]:
+        return self.linear(hidden).float()
+
+    def loss(
+        self, hidden: Float[Tensor, "b s d"], target: Int64[Tensor, "b s"]
+    ) -> Float[Tensor, "b s"]:
+        return cross_entropy(self.logits(hidden).transpose(1, 2), target, reduction="none")
+
+    def draw_noise(self, noise: Noise, num_tokens: int) -> Float[Tensor, "b n"]:
+        return noise.uniform(num_tokens)
+
+    def sample(
+        self,
+        hidden: Float[Tensor, "b s d"],
+        null: Float[Tensor, "b s d"] | None,
+        scale: float,
+        noise: Float[Tensor, "b s"],
+        sampling: Sampling,
+        budget: int = 1,
+    ) -> Int64[Tensor, "b s"]:
+        if null is not None:
+            # The head is linear: guiding the hidden states guides the logits at half the cost.
+            hidden = torch.lerp(null, hidden, scale)
+        return sample_categorical(self.logits(hidden), noise, sampling)

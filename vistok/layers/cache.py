@@ -1,0 +1,51 @@
+"""The key-value cache of decoding: allocated once, read only as far as it is filled."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of every layer, `length` rows for each of `batch` sequences.
+
+    Rows are appended in the order in which they are fed, so that what a pass may see is always a
+    prefix. The fill level is a Python number that the plan fixes in advance: no device is asked.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        batch: int,
+        num_heads: int,
+        length: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.memory = torch.empty(
+            depth, 2, batch, num_heads, length, head_dim, dtype=dtype, device=device
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything and serve all sequences again; the memory stays."""
+        self.filled = 0
+        self.batch = self.memory.shape[2]
+
+    def keep(self, batch: int) -> None:
+        """Serve only the first `batch` sequences from now on."""
+        self.batch = batch
+
+    def append(
+        self, layer: int, key: Float[Tensor, "b h r d"], value: Float[Tensor, "b h r d"]
+    ) -> tuple[Tensor, Tensor]:
+        """Store a layer's new rows and return all rows up to and including them."""
+        end = self.filled + key.shape[2]
+        memory = self.memory[layer, :, : self.batch]
+        memory[0, :, :, self.filled : end] = key
+        memory[1, :, :, self.filled : end] = value
+        return memory[0, :, :, :end], memory[1, :, :, :end]
+
+    def advance(self, rows: int) -> None:
+        """Count rows as filled, once every layer has appended them."""
+        self.filled += rows

@@ -1,0 +1,203 @@
+"""The convolutional encoder and decoder of VQGAN (Esser et al., 2021, arXiv:2012.09841)."""
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation in 32 groups, or the most below 32 that both 32 and the width allow."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, each after GroupNorm and swish, added to the input."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        else:
+            self.nin_shortcut = nn.Identity()
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.nin_shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all positions, without position encoding."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        normed = self.norm(x)
+        # B C H W -> B 1 HW C
+        q, k, v = (
+            project(normed).flatten(2).transpose(1, 2).unsqueeze(1)
+            for project in (self.q, self.k, self.v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(mixed.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve height and width; the padding lies right and below only, as published weights need."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double height and width by nearest neighbours, then convolve."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, then the step to the next."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        attention: bool,
+        dropout: float,
+        resample: nn.Module,
+    ):
+        super().__init__()
+        self.res = nn.ModuleList(
+            ResidualBlock(in_channels if j == 0 else out_channels, out_channels, dropout)
+            for j in range(num_blocks)
+        )
+        self.attn = nn.ModuleList(_attention(out_channels, attention) for _ in self.res)
+        self.resample = resample
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        for block, attend in zip(self.res, self.attn, strict=True):
+            x = attend(block(x))
+        return self.resample(x)
+
+
+class Encoder(nn.Module):
+    """Images to a grid of features.
+
+    Args:
+        widths: channels of the levels from full resolution down; each level but the last halves it.
+        out_channels: channels of the features.
+        num_res_blocks: residual blocks per level.
+        attention: self-attention after each block of the deepest level and in the middle.
+        dropout: rate inside residual blocks.
+        patch_size: side of the squares of pixels that become channels before the first level.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        out_channels: int,
+        num_res_blocks: int,
+        attention: bool = True,
+        dropout: float = 0.0,
+        patch_size: int = 1,
+    ):
+        super().__init__()
+        last = len(widths) - 1
+        self.patch_size = patch_size
+        self.conv_in = nn.Conv2d(3 * patch_size**2, widths[0], 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(
+                widths[max(i - 1, 0)],
+                width,
+                num_res_blocks,
+                attention and i == last,
+                dropout,
+                Downsample(width) if i < last else nn.Identity(),
+            )
+            for i, width in enumerate(widths)
+        )
+        self.mid = _middle(widths[-1], attention, dropout)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c gh gw"]:
+        h = self.conv_in(F.pixel_unshuffle(images, self.patch_size))
+        for level in self.conv_blocks:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """A grid of features to images: the mirror of `Encoder`, from the same arguments. The levels
+    run from the last width to the first, each with one block more."""
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        in_channels: int,
+        num_res_blocks: int,
+        attention: bool = True,
+        dropout: float = 0.0,
+        patch_size: int = 1,
+    ):
+        super().__init__()
+        widths = list(reversed(widths))
+        last = len(widths) - 1
+        self.patch_size = patch_size
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.mid = _middle(widths[0], attention, dropout)
+        self.conv_blocks = nn.ModuleList(
+            Level(
+                widths[max(i - 1, 0)],
+                width,
+                num_res_blocks + 1,
+                attention and i == 0,
+                dropout,
+                Upsample(width) if i < last else nn.Identity(),
+            )
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3 * patch_size**2, 3, padding=1)
+
+    def forward(self, features: Float[Tensor, "b c gh gw"]) -> Float[Tensor, "b 3 h w"]:
+        h = self.mid(self.conv_in(features))
+        for level in self.conv_blocks:
+            h = level(h)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)
+
+
+def _attention(channels: int, wanted: bool) -> nn.Module:
+    return AttentionBlock(channels) if wanted else nn.Identity()
+
+
+def _middle(channels: int, attention: bool, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        ResidualBlock(channels, channels, dropout),
+        _attention(channels, attention),
+        ResidualBlock(channels, channels, dropout),
+    )

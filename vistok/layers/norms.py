@@ -1,0 +1,13 @@
+"""Normalisation layers."""
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root mean square norm (Zhang & Sennrich, 2019) whose arithmetic is float32 under autocast; the
+    result is cast to the input's dtype before the weight multiplies it, as in Llama."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = torch.nn.functional.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
+        return normed.to(x.dtype) * self.weight

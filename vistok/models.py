@@ -1,0 +1,171 @@
+"""The shared base of all saved models: strict save and load on diffusers' mixins.
+
+diffusers gives `from_pretrained`, `save_pretrained`, sharding, dtypes and the Hub; by default it
+warns where a checkpoint does not fit. Here a missing, unexpected or misshapen tensor, an unknown
+config key and a class of another kind are errors of one line. Class names found in a checkpoint are
+looked up among vistok's own exports and never imported by path.
+"""
+
+import hashlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import safetensors
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from torch import Tensor, nn
+
+import vistok
+from vistok.errors import CheckpointError, suggestion
+from vistok.tokens import TokenSpec
+
+__all__ = ["Component", "Model", "register_to_config"]
+
+FORMAT = 1  # version of the files that `save_pretrained` writes
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def exported(name: str, kind: type, where: str) -> type:
+    """Return vistok's class `name`, which must be a `kind`; raise `CheckpointError` otherwise."""
+    if name not in vistok.__all__:
+        raise CheckpointError(
+            f"{where}: class '{name}' is not part of vistok{suggestion(name, vistok.__all__)}"
+        )
+    found = getattr(vistok, name)
+    if not (inspect.isclass(found) and issubclass(found, kind)):
+        raise CheckpointError(f"{where}: holds a {name}, expected a {kind.__name__}")
+    return found
+
+
+def _to_plain(value: Any) -> Any:
+    """Return the JSON form of a constructor argument."""
+    if isinstance(value, Component):
+        return {"_class_name": type(value).__name__, **value.arguments}
+    if isinstance(value, TokenSpec):
+        return {"_class_name": "TokenSpec", **value.to_dict()}
+    if isinstance(value, list | tuple):
+        return [_to_plain(v) for v in value]
+    return value
+
+
+def _from_plain(value: Any, where: str) -> Any:
+    if isinstance(value, list):
+        return [_from_plain(v, where) for v in value]
+    if not (isinstance(value, dict) and "_class_name" in value):
+        return value
+    fields = {k: v for k, v in value.items() if k != "_class_name"}
+    if value["_class_name"] == "TokenSpec":
+        return TokenSpec.from_dict(fields)
+    return exported(value["_class_name"], Component, where).from_config(fields)
+
+
+class _Configured(ConfigMixin):
+    """Records constructor arguments as JSON and rebuilds from them, refusing what it does not know."""
+
+    config_name = "config.json"
+
+    def register_to_config(self, **arguments):
+        if hasattr(self, "_internal_dict"):
+            # A parent's constructor runs inside the child's: the child's arguments stand.
+            arguments = {k: v for k, v in arguments.items() if k.startswith("_")}
+        super().register_to_config(**{k: _to_plain(v) for k, v in arguments.items()})
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments in JSON form."""
+        return {k: v for k, v in self.config.items() if not k.startswith("_")}
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        where = config_dict.get("_name_or_path") or f"config of {cls.__name__}"
+        known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        for key in (k for k in config_dict if not k.startswith("_")):
+            if key not in known:
+                raise CheckpointError(
+                    f"{where}: {cls.__name__} has no argument '{key}'{suggestion(key, known)}"
+                )
+        if config_dict.get("_format", FORMAT) > FORMAT:
+            raise CheckpointError(
+                f"{where}: written in format {config_dict['_format']}, this vistok reads up to "
+                f"{FORMAT}: upgrade vistok"
+            )
+        plain = {k: _from_plain(v, where) for k, v in config_dict.items()}
+        return super().extract_init_dict(plain, **kwargs)
+
+
+class Component(nn.Module, _Configured):
+    """A configurable part of a model: a quantizer, a head. Saved inside the model's config."""
+
+
+class Model(diffusers.ModelMixin, _Configured):
+    """A model with `from_pretrained` and `save_pretrained`. Decorate constructors with
+    `register_to_config`; arguments may be JSON values, a `TokenSpec` or a `Component`."""
+
+    # diffusers' deprecated access to arguments as attributes would hide submodules of their names.
+    __getattr__ = nn.Module.__getattr__
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "Model":
+        """Load from a directory or a Hub repository (`subfolder=` inside it).
+
+        Called on a base class, returns whichever exported subclass the checkpoint holds. Keyword
+        arguments named like constructor arguments override the saved ones. Raises `CheckpointError`
+        for a file that is missing, truncated, pickled, of another class, or that does not fit in
+        every tensor and every key.
+        """
+        path = str(pretrained_model_name_or_path)
+        where = f"{path}/{kwargs['subfolder']}" if kwargs.get("subfolder") else path
+        try:
+            hub = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "token")}
+            config = cls.load_config(path, **hub)
+            name = config.get("_class_name", "")
+            model_class = exported(name, cls, where)
+            # diffusers would silently leave the default in place of an unreadable value.
+            load = super(Model, model_class).from_pretrained.__func__
+            model, info = load(
+                model_class, path, use_safetensors=True, output_loading_info=True, **kwargs
+            )
+        except CheckpointError:
+            raise
+        except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:
+            raise CheckpointError(
+                f"{where}: no readable vistok model ({_first_line(error)}); expected a directory or "
+                f"Hub repository with {cls.config_name} and {WEIGHTS}"
+            ) from error
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise CheckpointError(f"{where}: does not fit {name}: {_first_line(error)}") from error
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[problem]:
+                names = ", ".join(str(k) for k in sorted(info[problem])[:3])
+                raise CheckpointError(
+                    f"{where}: {len(info[problem])} {problem.replace('_keys', '')} tensor(s) for "
+                    f"{name}: {names}"
+                )
+        return model
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Write `config.json` and safetensors into `save_directory`."""
+        self.register_to_config(_format=FORMAT)
+        super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
+
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """SHA-256 over the class, its arguments and every tensor: equal exactly for equal models."""
+        digest = hashlib.sha256(type(self).__name__.encode())
+        digest.update(json.dumps(self.arguments, sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(_bytes(tensor))
+        return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,165 @@
+"""ImagePipeline: a tokenizer and a generator behind one diffusers-style call."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from huggingface_hub import snapshot_download
+from jaxtyping import Float, Int64
+from PIL import Image
+from torch import Tensor
+
+from vistok.decoding import Decoding, Noise, Plan, decode
+from vistok.errors import UserError, suggestion
+from vistok.generators import Generator
+from vistok.images import to_pil
+from vistok.tokenizers import Tokenizer
+from vistok.tokens import require_same
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """`images`, one PIL image per label."""
+
+    images: list[Image.Image]
+
+
+class ImagePipeline:
+    """Class labels to images.
+
+        pipeline = ImagePipeline.from_pretrained("assets/emoji")
+        pipeline(class_labels=["Food & Drink", 3], seed=0).images[0].save("food.png")
+
+    Raises `IncompatibleTokensError` where the generator was built for other tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, generator: Generator):
+        require_same(
+            type(tokenizer).__name__, tokenizer.spec, type(generator).__name__, generator.spec
+        )
+        self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
+        self._states: dict[tuple[int, Plan], object] = {}
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs) -> Self:
+        """Load the sub-folders `tokenizer` and `generator` of a directory or Hub repository;
+        `kwargs` (`torch_dtype`, ...) go to both models."""
+        if not Path(path).exists() and str(path).count("/") == 1:
+            path = snapshot_download(str(path))
+        return cls(
+            Tokenizer.from_pretrained(path, subfolder="tokenizer", **kwargs),
+            Generator.from_pretrained(path, subfolder="generator", **kwargs),
+        )
+
+    def save_pretrained(self, path: str | Path, card: str = "") -> None:
+        """Write both models side by side, with `card` as the text of the model card."""
+        self.tokenizer.save_pretrained(Path(path, "tokenizer"))
+        self.generator.save_pretrained(Path(path, "generator"))
+        Path(path, "README.md").write_text(self.model_card(card), encoding="utf-8")
+
+    def model_card(self, text: str = "") -> str:
+        """Return the card: what the parts are, how to use them, and `text`."""
+        facts = {
+            "tokenizer": f"{type(self.tokenizer).__name__}, {self.tokenizer.spec}, "
+            f"{self.tokenizer.num_parameters():,} parameters",
+            "generator": f"{type(self.generator).__name__}, "
+            f"{self.generator.num_parameters():,} parameters",
+            "bits per image": f"{self.tokenizer.spec.bits:g}",
+            "classes": ", ".join(self.class_names[:20])
+            + (", ..." if len(self.class_names) > 20 else ""),
+        }
+        rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+        return (
+            "---\nlibrary_name: vistok\npipeline_tag: unconditional-image-generation\n---\n\n"
+            f"| part | |\n|---|---|\n{rows}\n\n"
+            "```python\nfrom vistok import ImagePipeline\n\n"
+            'pipeline = ImagePipeline.from_pretrained("PATH")\n'
+            f"images = pipeline(class_labels=[0], seed=0).images\n```\n\n{text}\n"
+        )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.generator.class_names
+
+    @property
+    def device(self) -> torch.device:
+        return self.generator.device
+
+    def to(self, *args, **kwargs) -> Self:
+        """Move both models to a device or dtype."""
+        self.tokenizer.to(*args, **kwargs)
+        self.generator.to(*args, **kwargs)
+        self._states.clear()
+        return self
+
+    def compile(self, **options) -> Self:
+        """Compile the generator's step and the tokenizer's decoder with `torch.compile`."""
+        self.generator.compile_decoding(**options)
+        self.tokenizer.decode = torch.compile(self.tokenizer.decode, **options)
+        return self
+
+    def labels(self, classes: Sequence[int | str]) -> Int64[Tensor, "b"]:
+        """Return the labels of classes given by number or by name."""
+        return torch.tensor([self._label(c) for c in classes])
+
+    def _label(self, wanted: int | str) -> int:
+        names = self.class_names
+        if isinstance(wanted, str) and wanted in names:
+            return names.index(wanted)
+        if str(wanted).lstrip("-").isdigit() and 0 <= int(wanted) < len(names):
+            return int(wanted)
+        raise UserError(
+            f"class {wanted!r} is not among the {len(names)} classes 0-{len(names) - 1}: "
+            f"{', '.join(names[:12])}{suggestion(str(wanted), names)}"
+        )
+
+    def sample_tokens(
+        self,
+        class_labels: Int64[Tensor, "b"],
+        seed: int,
+        indices: Sequence[int] | Tensor,
+        decoding: Decoding | None = None,
+    ) -> Tensor:
+        """Decode the tokens of images `indices` of the run `seed`. Each depends on the weights, its
+        label, `decoding`, `seed` and its own index alone."""
+        labels = self.labels(class_labels.tolist()).to(self.device)
+        decoding = decoding or Decoding()
+        plan = decoding.plan or self.generator.plan()
+        rows = len(labels) * (2 if any(s != 1 for s in decoding.scales(plan)) else 1)
+        if (rows, plan) not in self._states:
+            self._states = {(rows, plan): self.generator.new_state(rows, plan)}
+        return decode(
+            self.generator, labels, Noise(seed, indices), decoding, state=self._states[rows, plan]
+        )
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        class_labels: Int64[Tensor, "b"],
+        seed: int,
+        indices: Sequence[int] | Tensor,
+        decoding: Decoding | None = None,
+    ) -> Float[Tensor, "b 3 h w"]:
+        """As `sample_tokens`, decoded to images in [0, 1]. Raises `UserError` for images that are
+        not finite, rather than returning them black."""
+        images = self.tokenizer.decode(self.sample_tokens(class_labels, seed, indices, decoding))
+        if not torch.isfinite(images).all():
+            raise UserError(f"images {list(map(int, indices))} of seed {seed} are not finite")
+        return images
+
+    def __call__(
+        self,
+        class_labels: Sequence[int | str],
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        decoding: Decoding | None = None,
+    ) -> PipelineOutput:
+        """Return one PIL image per class, given by name or number; image i is number `indices[i]`
+        (by default i) of the run `seed`."""
+        indices = range(len(class_labels)) if indices is None else indices
+        images = self.sample(self.labels(class_labels), seed, indices, decoding)
+        return PipelineOutput(to_pil(images))
+

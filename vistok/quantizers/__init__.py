@@ -1,0 +1,7 @@
+"""Latents to codes and back: one file per quantizer."""
+
+from vistok.quantizers.base import Quantized, Quantizer, code_statistics
+from vistok.quantizers.fsq import FSQ
+from vistok.quantizers.vq import VQ
+
+__all__ = ["FSQ", "VQ", "Quantized", "Quantizer", "code_statistics"]

@@ -1,0 +1,7 @@
+"""Images to tokens and back: one file per published tokenizer."""
+
+from vistok.tokenizers.base import QuantizedTokenizer, Tokenizer, TokenizerOutput
+from vistok.tokenizers.conv import ConvTokenizer
+from vistok.tokenizers.titok import TiTok
+
+__all__ = ["ConvTokenizer", "QuantizedTokenizer", "TiTok", "Tokenizer", "TokenizerOutput"]
