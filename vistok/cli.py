@@ -1,22 +1,26 @@
 """Command lines: every script's options are the signature of its `main`, read by jsonargparse.
 
 `run(main)` gives a script `--config FILE`, dotted overrides, `--help` and `--print_config`; a mistake
-in the input ends in one line and exit code 2. `main` is the `vistok` command.
+in the input ends in one line and exit code 2. `main` is the `vistok` command, which passes the rest
+of its line to one of `vistok.commands`.
 """
 
+import importlib
 import inspect
 import logging
 import os
+import pkgutil
 import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, namespace_to_dict
+from jsonargparse import ActionConfigFile, ArgumentParser
 from jsonargparse.typing import register_type
 
 import vistok
+from vistok import commands
 from vistok.decoding.schedules import Schedule
 from vistok.errors import UserError, suggestion
 
@@ -53,28 +57,42 @@ class _Parser(ArgumentParser):
         return names
 
 
-def run(main: Callable[..., None]) -> None:
-    """Parse `main`'s options from the command line and call it."""
+def run(main: Callable[..., None], prog: str | None = None, args: list[str] | None = None) -> None:
+    """Parse `main`'s options from the command line (or `args`) and call it."""
     parser = _Parser(
-        prog=os.path.basename(sys.argv[0]),
+        prog=prog or os.path.basename(sys.argv[0]),
         description=inspect.getdoc(main).split("\n\nArgs:")[0],
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     parser.add_function_arguments(main, as_group=False, fail_untyped=True, sub_configs=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = parser.parse_args()
+    options = parser.parse_args(args)
     debug = options.pop("debug")
     options.pop("config")
+    _resolved.clear()
     _resolved.update(yaml.safe_load(parser.dump(options, skip_validation=True)))
     try:
-        main(**namespace_to_dict(parser.instantiate_classes(options)))
+        main(**parser.instantiate(options).as_dict())
     except UserError as error:
         if debug:
             raise
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def main() -> None:
+    """Run `vistok COMMAND ...`."""
+    names = [module.name for module in pkgutil.iter_modules(commands.__path__)]
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(f"usage: vistok {{{','.join(names)}}} ...; vistok COMMAND --help says more")
+        return
+    if name not in names:
+        _fail(f"vistok has no command '{name}', only {', '.join(names)}{suggestion(name, names)}")
+    command = importlib.import_module(f"vistok.commands.{name}")
+    run(command.main, f"vistok {name}", sys.argv[2:])
 
 
 def _one_line(message: str) -> str:
@@ -84,3 +102,7 @@ def _one_line(message: str) -> str:
 def _fail(message: str) -> NoReturn:
     print(f"error: {_one_line(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ A rename within one file system is atomic, so that a kill at any byte leaves wha
 
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,11 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; what was written takes the name on success."""
-    aside = path.with_name(f".{path.name}.partial")
+    """Yield a path beside `path` to write to; what was written takes the name on success.
+
+    Several processes may replace one file at a time: each writes under a name of its own.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield aside
         sync(aside)

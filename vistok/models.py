@@ -79,21 +79,25 @@ class _Configured(ConfigMixin):
         return {k: v for k, v in self.config.items() if not k.startswith("_")}
 
     @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
-        where = config_dict.get("_name_or_path") or f"config of {cls.__name__}"
+    def revive(cls, config: dict[str, Any], where: str) -> dict[str, Any]:
+        """Return `config` with its parts built; raise `CheckpointError` for a key or class that this
+        vistok does not know."""
+        if config.get("_format", FORMAT) > FORMAT:
+            raise CheckpointError(
+                f"{where}: written in format {config['_format']}, this vistok reads up to {FORMAT}: "
+                "upgrade vistok"
+            )
         known = set(inspect.signature(cls.__init__).parameters) - {"self"}
-        for key in (k for k in config_dict if not k.startswith("_")):
+        for key in (k for k in config if not k.startswith("_")):
             if key not in known:
                 raise CheckpointError(
                     f"{where}: {cls.__name__} has no argument '{key}'{suggestion(key, known)}"
                 )
-        if config_dict.get("_format", FORMAT) > FORMAT:
-            raise CheckpointError(
-                f"{where}: written in format {config_dict['_format']}, this vistok reads up to "
-                f"{FORMAT}: upgrade vistok"
-            )
-        plain = {k: _from_plain(v, where) for k, v in config_dict.items()}
-        return super().extract_init_dict(plain, **kwargs)
+        return {k: _from_plain(v, where) for k, v in config.items()}
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        return super().extract_init_dict(cls.revive(config_dict, cls.__name__), **kwargs)
 
 
 class Component(nn.Module, _Configured):
@@ -118,19 +122,20 @@ class Model(diffusers.ModelMixin, _Configured):
         """
         path = str(pretrained_model_name_or_path)
         where = f"{path}/{kwargs['subfolder']}" if kwargs.get("subfolder") else path
+        name = cls.__name__
         try:
             hub = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "token")}
             config = cls.load_config(path, **hub)
             name = config.get("_class_name", "")
             model_class = exported(name, cls, where)
-            # diffusers would silently leave the default in place of an unreadable value.
+            model_class.revive(config, where)
             load = super(Model, model_class).from_pretrained.__func__
             model, info = load(
                 model_class, path, use_safetensors=True, output_loading_info=True, **kwargs
             )
         except CheckpointError:
             raise
-        except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:
+        except (OSError, safetensors.SafetensorError, json.JSONDecodeError, RecursionError) as error:
             raise CheckpointError(
                 f"{where}: no readable vistok model ({_first_line(error)}); expected a directory or "
                 f"Hub repository with {cls.config_name} and {WEIGHTS}"

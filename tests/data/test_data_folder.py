@@ -51,7 +51,19 @@ def test_the_index_is_read_while_it_is_current(folder, monkeypatch):
     assert ImageFolder(folder).class_names == ("a", "b")
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": 99, "directories": {}}', "\x00"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        "[1]",
+        "\x00",
+        '{"format": 99, "directories": {}}',
+        '{"format": 1, "directories": {}}',
+        '{"format": 1, "directories": ["."]}',
+        '{"format": 1, "directories": {".": 7}}',
+    ],
+)
 def test_a_foreign_index_is_replaced(folder, content):
     ImageFolder(folder)
     (index,) = folder.parent.glob(".pictures.index.json")

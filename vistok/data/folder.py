@@ -92,8 +92,8 @@ class ImageFolder(ImageSource):
             logger.warning("%s: classes without pictures: %s", self.root, ", ".join(empty))
 
     def _list_files(self, index: Path) -> Listing:
-        listing = _read_index(index)
-        if listing is None or not self._is_current(listing):
+        listing = self._read_index(index)
+        if listing is None:
             try:
                 listing = dict(self._walk(self.root, ()))
             except OSError as error:
@@ -102,14 +102,19 @@ class ImageFolder(ImageSource):
             keep_index(index, lambda aside: aside.write_text(content))
         return listing
 
-    def _is_current(self, listing: Listing) -> bool:
+    def _read_index(self, path: Path) -> Listing | None:
+        """Return the listing of an index file; None where it is missing, foreign or out of date."""
         try:
-            return all(
-                (self.root / path).stat().st_mtime_ns == changed
-                for path, (changed, _) in listing.items()
-            )
-        except OSError:
-            return False
+            content = json.loads(path.read_text())
+            listing = content["directories"]
+            if content["format"] == FORMAT and all(
+                (self.root / directory).stat().st_mtime_ns == changed
+                for directory, (changed, _) in listing.items()
+            ):
+                return listing or None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            pass  # also where a directory of the listing is gone
+        return None
 
     def _walk(
         self, directory: Path, ancestors: tuple[tuple[int, int], ...]
@@ -137,12 +142,3 @@ class ImageFolder(ImageSource):
 def _is_directory(entry: os.DirEntry) -> bool:
     # DirEntry knows without a system call, but raises for a link to itself; Path answers False.
     return Path(entry.path).is_dir() if entry.is_symlink() else entry.is_dir()
-
-
-def _read_index(path: Path) -> Listing | None:
-    """Return the listing of an index file; None where there is none of this format."""
-    try:
-        content = json.loads(path.read_text())
-        return content["directories"] if content["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -75,7 +75,10 @@ def load_or_scan(shard: Path, fields: Fields, directory: str | Path | None) -> S
                 return ShardIndex(*(saved[name] for name in ShardIndex.__dataclass_fields__))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # no index, or none that can be read: made again below
-    index = scan(shard, fields)
+    try:
+        index = scan(shard, fields)
+    except OSError as error:
+        raise UserError(f"{shard}: cannot be read ({error})") from error
 
     def write(aside: Path) -> None:
         with aside.open("wb") as file:
@@ -122,8 +125,6 @@ def _members(shard: Path) -> Iterator[tuple[str, Span]]:
                 raise tarfile.ReadError("the end-of-archive mark is missing: truncated?")
     except (tarfile.TarError, ValueError) as error:
         raise UserError(f"{shard}: not a whole, uncompressed tar file ({error})") from error
-    except OSError as error:
-        raise UserError(f"{shard}: cannot be read ({error})") from error
     if ignored:
         logger.warning("%s: %d links, devices or sparse files left out", shard, ignored)
 

@@ -110,19 +110,17 @@ class TokenCacheWriter:
                 raise UserError(
                     f"token cache: ids {low}..{high}, expected 0..{self.header.num_ids - 1}"
                 )
-        _map(self.directory / TOKENS, "r+")[start:end] = tokens.cpu().numpy()
-        _map(self.directory / LABELS, "r+")[start:end] = labels.cpu().numpy()
+        _write_rows(self.directory / TOKENS, start, tokens)
+        _write_rows(self.directory / LABELS, start, labels)
 
     def finish(self) -> None:
         """Force the arrays to the disk and write the header; raises `UserError` while a picture is
         missing."""
-        labels = np.load(self.directory / LABELS, mmap_mode="r")
-        missing = int((labels == UNWRITTEN).sum())
-        if missing:
-            first = int((labels == UNWRITTEN).argmax())
+        missing = np.flatnonzero(_map(self.directory / LABELS) == UNWRITTEN)
+        if len(missing):
             raise UserError(
-                f"{self.directory}: {missing} of {self.header.count} pictures were never written, "
-                f"the first is {first}"
+                f"{self.directory}: {len(missing)} of {self.header.count} pictures were never "
+                f"written, the first is {missing[0]}"
             )
         sync(self.directory / TOKENS)
         sync(self.directory / LABELS)
@@ -198,7 +196,7 @@ class TokenCache:
     def _open(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         path = self.directory / name
         try:
-            array = _map(path, "r")
+            array = _map(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: missing, truncated or no array ({error})") from error
         if (array.dtype, array.shape) != (dtype, shape):
@@ -212,6 +210,14 @@ def _create(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
 
 
-def _map(path: Path, mode: Literal["r", "r+"]) -> np.memmap:
-    """Map an array file; an array of Python objects raises ValueError."""
-    return np.lib.format.open_memmap(path, mode=mode)
+def _map(path: Path) -> np.memmap:
+    """Map an array file to read; an array of Python objects raises ValueError."""
+    return np.lib.format.open_memmap(path, mode="r")
+
+
+def _write_rows(path: Path, start: int, rows: Tensor) -> None:
+    # Not through a writable map: over a network two hosts would write back each other's pages.
+    array = _map(path)
+    with path.open("r+b") as file:
+        file.seek(array.offset + start * array.strides[0])
+        file.write(rows.cpu().numpy().astype(array.dtype).tobytes())

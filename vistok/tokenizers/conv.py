@@ -54,8 +54,8 @@ class ConvTokenizer(QuantizedTokenizer):
         factor = patch_size * 2 ** (len(channel_multipliers) - 1)
         if height % factor or width % factor:
             raise UserError(
-                f"ConvTokenizer: image_size {height}x{width} must be divisible by {factor}, "
-                f"as {len(channel_multipliers)} channel_multipliers ask for"
+                f"ConvTokenizer: image_size {height}x{width} must be divisible by {factor}, the "
+                f"side of a code for patch_size {patch_size} and {len(channel_multipliers)} levels"
             )
         decoder_multipliers = decoder_channel_multipliers or channel_multipliers
         if len(decoder_multipliers) != len(channel_multipliers):

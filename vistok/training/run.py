@@ -3,6 +3,7 @@ from."""
 
 import fcntl
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ def start_processes(output: str, config: RunConfig, seed: int) -> Accelerator:
     """Return the accelerator of a run. Random numbers are seeded, equally on all processes, so that
     a model made next has the same weights on each."""
     precision = {None: None, "fp32": "no"}.get(config.precision, config.precision)
+    # The name that replaces it is not known to the oldest torch in use.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     try:
         accelerator = Accelerator(
             mixed_precision=precision,

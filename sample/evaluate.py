@@ -1,0 +1,262 @@
+"""Score a tokenizer, a generator, or pictures.
+
+python sample/evaluate.py --tokenizer DIR --data Emoji --data.split held-out
+python sample/evaluate.py --checkpoint DIR --count 1000 --reference Emoji --features random
+accelerate launch --num_processes 8 sample/evaluate.py --data samples.npz --reference ref.npz
+python sample/evaluate.py --data ImageFolder --data.root DIR --size 256 --statistics ref.npz
+"""
+
+import logging
+from typing import Literal, get_args
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from vistok import metrics as m
+from vistok.cli import run
+from vistok.data import ImageSource, Transform, shard_range, to_uint8
+from vistok.decoding import Decoding, Schedule
+from vistok.errors import UserError
+from vistok.losses.perceptual import LPIPS
+from vistok.pipelines import ImagePipeline
+from vistok.tokenizers import Tokenizer
+from vistok.training.processes import together
+
+logger = logging.getLogger(__name__)
+
+OF_SETS = frozenset(get_args(m.SetMetric))
+Metric = m.SetMetric | Literal["psnr", "ssim", "lpips", "codebook"]
+
+
+def main(
+    tokenizer: str | None = None,
+    checkpoint: str | None = None,
+    data: ImageSource | str | None = None,
+    reference: ImageSource | str | None = None,
+    statistics: str | None = None,
+    output: str = "metrics.json",
+    name: str | None = None,
+    baseline: str | None = None,
+    metrics: list[Metric] | None = None,
+    features: str = "inception",
+    feature_weights: str | None = None,
+    lpips_weights: str | None = None,
+    transform: str = "resize-center-crop",
+    size: int | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    guidance: Schedule = Schedule(2),
+    temperature: Schedule = Schedule(1),
+    top_k: int = 0,
+    top_p: float = 1.0,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> None:
+    """Score reconstructions (--tokenizer with --data), samples (--checkpoint) or pictures (--data).
+
+    Pictures are a data set by name, a folder, tar shards or an npz. A result is written with its
+    protocol; results of different protocols are not compared.
+
+    Args:
+        tokenizer: directory or Hub repository of a tokenizer, scored on the data
+        checkpoint: directory or Hub repository of a pipeline, sampled on the fly
+        data: pictures to reconstruct, or to be scored themselves
+        reference: pictures to compare with, or npz statistics of them; a tokenizer's are its data
+        statistics: npz file for the statistics of what is scored: a reference for later
+        output: JSON file of results; others in it are kept
+        name: of the result in that file; by default reconstruction, generation or pictures
+        baseline: name of an earlier result in that file to compare with
+        metrics: which scores; by default all that apply
+        features: inception, dinov2-..., clip-..., or random (offline; no published numbers)
+        feature_weights: local file of the feature network's weights
+        lpips_weights: local file of torchvision's VGG-16
+        transform: how pictures become the size
+        size: side in pixels; by default the model's, or that of the pictures as they are
+        count: images to sample, 50,000 by default; or pictures to take, all by default
+        seed: of samples; image i is of class i mod the number of classes
+        guidance: classifier-free guidance scale, or its schedule
+        temperature: of the softmax; 0 takes the most likely token
+        top_k: sample among the k most likely tokens; 0 among all
+        top_p: sample among the most likely tokens that hold this share
+        batch_size: images at once on each process
+        num_workers: processes that read pictures, for each process
+    """
+    accelerator = Accelerator()
+    if batch_size < 1 or (count is not None and count < 1):
+        raise UserError(f"--batch_size {batch_size}, --count {count}: both must be at least 1")
+    network = against = read = None
+    if statistics or not OF_SETS.isdisjoint(metrics or OF_SETS):
+        network = m.load_features(features, feature_weights).to(accelerator.device)
+    if checkpoint and not (tokenizer or data):
+        pipeline = ImagePipeline.from_pretrained(checkpoint).to(accelerator.device)
+        decoding = Decoding(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+        subject = Samples(pipeline, count or 50_000, seed, decoding)
+    elif tokenizer and data and not checkpoint:
+        model = Tokenizer.from_pretrained(tokenizer).to(accelerator.device).eval()
+        crop = Transform(transform, model.image_size[0])
+        originals = m.Pictures(m.open_pictures(data), crop, count)
+        lpips = load_lpips(metrics, lpips_weights, accelerator.device)
+        subject = Reconstructions(model, originals, lpips)
+        against = network and m.Reference(None, originals)
+    elif data and not (checkpoint or tokenizer):
+        crop = None if size is None else Transform(transform, size)
+        subject = Collection(m.Pictures(m.open_pictures(data), crop, count))
+    else:
+        raise UserError("give --checkpoint, or --tokenizer with --data, or --data alone")
+
+    if network and reference is not None:
+        with_vectors = not {"kid", "precision_recall"}.isdisjoint(metrics or subject.metrics)
+        against = m.Reference.open(reference, transform, subject.size, network, with_vectors)
+    wanted = m.choose(metrics, subject.metrics, len(subject.images), network, against)
+    if not (wanted or statistics):
+        raise UserError("nothing to score: give --reference, or --statistics FILE to make one")
+    protocol = m.Protocol(
+        task=subject.task,
+        count=len(subject.images),
+        pictures=subject.pictures,
+        labels=subject.labels,
+        reference=str(against),
+        features=network.label if network else "none",
+        estimators=m.ESTIMATORS,
+    )
+    earlier = m.read_results(output)
+    before = m.find_result(earlier, baseline, output) if baseline else None
+    if before:
+        m.require_same_protocol(before.protocol, protocol)
+
+    def collect(shown: Collection) -> m.Statistics | None:
+        count, description = len(shown.images), str(shown)
+        collector = network and m.Collector(network, count, description, shown.size)
+        mine = shard_range(count, accelerator.process_index, accelerator.num_processes)
+        loader = DataLoader(Subset(shown.images, mine), batch_size, num_workers=num_workers)
+        with together(accelerator, description), torch.inference_mode():
+            for batch in tqdm(loader, shown.task, disable=not accelerator.is_main_process):
+                indices, images = shown.make(batch)
+                if collector:
+                    collector.update(indices, images)
+        return collector and collector.reduce()
+
+    # What can be broken is read before anything is sampled.
+    made = None if checkpoint else collect(subject)
+    if against and against.pictures:
+        read = collect(Collection(against.pictures))
+    made = made or collect(subject)
+    pairs = subject.pair_scores()
+    if not accelerator.is_main_process:
+        return
+    if statistics is not None:
+        made.save(statistics)
+        print(f"statistics of {subject}: {statistics}")
+    if not wanted:
+        return
+    scores = m.set_scores(wanted, made, against and against.completed(read))
+    scores |= {key: value for key, value in pairs.items() if key.split("_")[0] in wanted}
+    notes = m.caveats(wanted, made, against)
+    result = m.Result(scores, protocol, subject.record, notes)
+    name = name or subject.task
+    m.write_result(output, name, result)
+    print(f"{name}, {subject}:")
+    print(result.table(m.compare(before, result) if before else None))
+    print(f"written to {output}")
+
+
+class Collection:
+    """Pictures as they are read."""
+
+    task = "pictures"
+    labels = "of the pictures"
+    metrics: tuple[str, ...] = get_args(m.SetMetric)
+
+    def __init__(self, images: m.Pictures):
+        self.images = images
+        self.size = images.size
+        self.pictures = images.presentation
+        self.record = {"data": str(images)}
+
+    def __str__(self) -> str:
+        return str(self.images)
+
+    def make(self, batch: Tensor | list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return (indices, images) of a batch of `images`."""
+        indices, pixels = batch
+        return indices, pixels
+
+    def pair_scores(self) -> dict[str, float]:
+        """Return the scores of images against their originals; all processes must call it."""
+        return {}
+
+
+class Reconstructions(Found):
+    """What a tokenizer makes of pictures."""
+
+    task = "reconstruction"
+
+    def __init__(self, model: Tokenizer, originals: m.Pictures, lpips: LPIPS | None):
+        super().__init__(originals)
+        self.pictures = str(originals)
+        self.record |= {"tokens": str(model.spec), "fingerprint": model.fingerprint()}
+        self.model = model
+        num_codes = model.spec.vocab_size or 0
+        self.pairs = m.PairScores(len(originals), num_codes, lpips, model.device)
+        self.metrics = ("fid", *self.pairs.metrics)
+
+    def __str__(self) -> str:
+        return f"reconstructions of {self.images}"
+
+    def make(self, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
+        indices, originals = batch
+        tokens = self.model.encode(originals.to(self.model.device) / 255)
+        made = to_uint8(self.model.decode(tokens))
+        self.pairs.update(indices, made, originals, tokens)
+        return indices, made
+
+    def pair_scores(self) -> dict[str, float]:
+        return self.pairs.reduce()
+
+
+class Samples(Found):
+    """What a pipeline samples, its classes in turn."""
+
+    task = "generation"
+
+    def __init__(self, pipeline: ImagePipeline, count: int, seed: int, decoding: Decoding):
+        self.pipeline, self.seed, self.decoding = pipeline, seed, decoding
+        self.images = range(count)
+        self.num_classes = len(pipeline.class_names)
+        self.size = pipeline.tokenizer.image_size
+        self.pictures = f"sampled, {self.size[1]} x {self.size[0]}"
+        self.labels = f"balanced: image i of class i mod {self.num_classes}"
+        self.record = {
+            "fingerprints": [pipeline.tokenizer.fingerprint(), pipeline.generator.fingerprint()],
+            "seed": seed,
+            "decoding": str(decoding),
+        }
+
+    def __str__(self) -> str:
+        return f"{len(self.images)} samples"
+
+    def make(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        labels = batch % self.num_classes
+        return batch, to_uint8(self.pipeline.sample(labels, self.seed, batch, self.decoding))
+
+
+def load_lpips(
+    metrics: list[str] | None, weights: str | None, device: torch.device
+) -> LPIPS | None:
+    """Return LPIPS if it is asked for, or if everything is and its weights are at hand."""
+    if metrics is not None and "lpips" not in metrics:
+        return None
+    try:
+        return LPIPS(weights).to(device)
+    except UserError as error:
+        if metrics or weights:
+            raise
+        logger.info("left out: %s", error)
+        return None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""The sub-commands of `vistok`, one file each."""

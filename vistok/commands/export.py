@@ -1,0 +1,80 @@
+"""vistok export: a trained pair as one small checkpoint with its model card.
+
+vistok export --checkpoint runs/emoji --output assets/emoji --dtype float16 --metrics metrics.json
+"""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+
+from vistok.errors import UserError
+from vistok.pipelines import ImagePipeline
+
+
+def main(
+    checkpoint: str,
+    output: str,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    metrics: str | None = None,
+    note: str = "",
+) -> None:
+    """Write a pipeline's weights and a card that says how they were made and what they score.
+
+    Args:
+        checkpoint: directory with the training runs tokenizer/ and generator/
+        output: directory of the checkpoint
+        dtype: of the saved weights; they load in float32
+        metrics: JSON file of results, for the card
+        note: a sentence for the card
+    """
+    pipeline = ImagePipeline.from_pretrained(checkpoint).to(getattr(torch, dtype))
+    runs = [describe_run(Path(checkpoint, part)) for part in ("tokenizer", "generator")]
+    scores = describe_scores(Path(metrics)) if metrics else ""
+    pipeline.save_pretrained(output, "\n\n".join(filter(None, [note, scores, *runs])))
+    print(f"{checkpoint} in {dtype}: {output}")
+
+
+def describe_run(run: Path) -> str:
+    """Return how a model was trained, from the options and the log that its run left."""
+    options, log = run / "config.yaml", run / "log.jsonl"
+    if not (options.exists() and log.exists()):
+        return ""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    images = [0, *(line["images"] for line in lines)]
+    seconds = sum(
+        (after - before) / line["images_per_second"]
+        for before, after, line in zip(images, images[1:], lines, strict=False)
+    )
+    last = lines[-1]
+    held_out = "".join(
+        f", {key} {last[key]:.4g}" for key in last if key.startswith("validation/")
+    )
+    return (
+        f"## How the {run.name} was trained\n\n"
+        f"`accelerate launch train/{run.name}.py --config config.yaml`: {last['images']:,} images "
+        f"({last['epoch']:.0f} epochs) in {seconds / 60:.0f} minutes; at the end loss "
+        f"{last['loss']:.4g}{held_out}. The options, in config.yaml:\n\n"
+        f"```yaml\n{options.read_text()}```"
+    )
+
+
+def describe_scores(file: Path) -> str:
+    """Return a table of the results in `file`, each with its protocol."""
+    try:
+        results = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"--metrics {file}: no readable results ({error})") from None
+    rows = [
+        f"| {name} | {score} | {value:.4g} |"
+        for name, result in results.items()
+        for score, value in result["scores"].items()
+    ]
+    protocols = [
+        f"{name}:\n\n```yaml\n{yaml.safe_dump(result['protocol'])}```"
+        for name, result in results.items()
+    ]
+    table = "\n".join(["| result | score | value |", "|---|---|---|", *rows])
+    return "\n\n".join([f"## Scores\n\n{table}", "Protocols:", *protocols])
