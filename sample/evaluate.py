@@ -7,7 +7,7 @@ python sample/evaluate.py --data ImageFolder --data.root DIR --size 256 --statis
 """
 
 import logging
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from accelerate import Accelerator
@@ -118,7 +118,7 @@ def main(
         count=len(subject.images),
         pictures=subject.pictures,
         labels=subject.labels,
-        reference=str(against),
+        reference=str(against) if against else "none",
         features=network.label if network else "none",
         estimators=m.ESTIMATORS,
     )
@@ -140,10 +140,12 @@ def main(
         return collector and collector.reduce()
 
     # What can be broken is read before anything is sampled.
-    made = None if checkpoint else collect(subject)
+    if not checkpoint:
+        made = collect(subject)
     if against and against.pictures:
         read = collect(Collection(against.pictures))
-    made = made or collect(subject)
+    if checkpoint:
+        made = collect(subject)
     pairs = subject.pair_scores()
     if not accelerator.is_main_process:
         return
@@ -153,6 +155,7 @@ def main(
     if not wanted:
         return
     scores = m.set_scores(wanted, made, against and against.completed(read))
+    scores = {subject.aliases.get(key, key): value for key, value in scores.items()}
     scores |= {key: value for key, value in pairs.items() if key.split("_")[0] in wanted}
     notes = m.caveats(wanted, made, against)
     result = m.Result(scores, protocol, subject.record, notes)
@@ -169,6 +172,7 @@ class Collection:
     task = "pictures"
     labels = "of the pictures"
     metrics: tuple[str, ...] = get_args(m.SetMetric)
+    aliases: ClassVar[dict[str, str]] = {}
 
     def __init__(self, images: m.Pictures):
         self.images = images
@@ -189,10 +193,11 @@ class Collection:
         return {}
 
 
-class Reconstructions(Found):
+class Reconstructions(Collection):
     """What a tokenizer makes of pictures."""
 
     task = "reconstruction"
+    aliases: ClassVar[dict[str, str]] = {"fid": "rfid"}
 
     def __init__(self, model: Tokenizer, originals: m.Pictures, lpips: LPIPS | None):
         super().__init__(originals)
@@ -217,7 +222,7 @@ class Reconstructions(Found):
         return self.pairs.reduce()
 
 
-class Samples(Found):
+class Samples(Collection):
     """What a pipeline samples, its classes in turn."""
 
     task = "generation"

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 
 from vistok.cli import run
-from vistok.data import Emoji, Images, ImageSource, Transform
+from vistok.data import Emoji, EvaluationImages, ImageSource, Transform
 from vistok.errors import UserError
 from vistok.files import replaced
 from vistok.images import image_grid
@@ -40,12 +40,13 @@ def main(
     model = Tokenizer.from_pretrained(tokenizer).to(device).eval()
     if len(data) < 1 or not 1 <= columns <= count:
         raise UserError(f"--count {count} must be at least --columns {columns}, and data not empty")
-    images = Images(data, Transform(transform, model.image_size[0]))
+    images = EvaluationImages(data, Transform(transform, model.image_size[0]))
     chosen = torch.linspace(0, len(data) - 1, min(count, len(data))).long().tolist()
-    originals = torch.stack([images.get(i, None)["image"] for i in chosen])
+    originals = torch.stack([images[i]["image"] for i in chosen])
     reconstructions = model.decode(model.encode(originals.to(device))).cpu()
 
-    rows = [part for pair in zip(originals.split(columns), reconstructions.split(columns), strict=True) for part in pair]
+    pairs = zip(originals.split(columns), reconstructions.split(columns), strict=True)
+    rows = [row for pair in pairs for row in pair]
     titles = ["original", f"{model.spec.bits / 8:.0f} bytes"] * (len(rows) // 2)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     with replaced(Path(output)) as aside:

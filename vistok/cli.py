@@ -12,7 +12,7 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import yaml
@@ -74,10 +74,12 @@ def run(main: Callable[..., None], prog: str | None = None, args: list[str] | No
     _resolved.update(yaml.safe_load(parser.dump(options, skip_validation=True)))
     try:
         main(**parser.instantiate(options).as_dict())
-    except UserError as error:
-        if debug:
+    except (UserError, TypeError, ValueError) as error:
+        # jsonargparse wraps what the constructor of a configured class raises.
+        mistake = next((e for e in _causes(error) if isinstance(e, UserError)), None)
+        if debug or mistake is None:
             raise
-        _fail(str(error))
+        _fail(str(mistake))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -93,6 +95,12 @@ def main() -> None:
         _fail(f"vistok has no command '{name}', only {', '.join(names)}{suggestion(name, names)}")
     command = importlib.import_module(f"vistok.commands.{name}")
     run(command.main, f"vistok {name}", sys.argv[2:])
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _one_line(message: str) -> str:

@@ -42,6 +42,15 @@ class Decoding:
     top_p: float = 1.0
     budget: Schedule = Schedule(1)
 
+    def __post_init__(self):
+        # Mistakes surface here, before any work, rather than at the first token.
+        self.sampling(0.0)
+        self.sampling(1.0)
+
+    def sampling(self, fraction: float) -> Sampling:
+        """How tokens are drawn when `fraction` of them is decoded."""
+        return Sampling(self.temperature(fraction), self.top_k, self.top_p)
+
     def scales(self, plan: Plan) -> list[float]:
         """The guidance scale of each pass."""
         return [self.guidance(fraction) for fraction in plan.fractions]
@@ -91,7 +100,7 @@ def decode(
             hidden[batch:] if len(hidden) > batch and scales[t] != 1 else None,
             scales[t],
             draws[:, fed.predict],
-            Sampling(decoding.temperature(plan.fractions[t]), decoding.top_k, decoding.top_p),
+            decoding.sampling(plan.fractions[t]),
             round(decoding.budget(plan.fractions[t])),
         )
         tokens[:, fed.predict] = sampled.repeat(len(tokens) // batch, *[1] * (sampled.ndim - 1))

@@ -24,14 +24,15 @@ class LPIPS(nn.Module):
 
     def __init__(self, weights: str | Path | None = None):
         super().__init__()
-        backbone = _read_backbone(weights)
+        path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE)
+        backbone = _read_backbone(path)
         # Imported late: it brings scipy, which training without this loss need not wait for.
         import lpips
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="torchvision")  # about lpips' own calls
             self.net = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        _load_backbone(self.net.net, backbone, weights)
+        _load_backbone(self.net.net, backbone, path)
         self.requires_grad_(False)
         self.eval()
 
@@ -56,12 +57,7 @@ class LPIPS(nn.Module):
         return [F.normalize(f, dim=1, eps=1e-10) for f in self.net.net(scaled)]
 
 
-def _path(weights: str | Path | None) -> Path:
-    return Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / BACKBONE
-
-
-def _read_backbone(weights: str | Path | None) -> dict[str, Tensor]:
-    path = _path(weights)
+def _read_backbone(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(
             f"LPIPS: VGG-16 weights not found at {path}: put torchvision's {BACKBONE} there, give "
@@ -76,12 +72,12 @@ def _read_backbone(weights: str | Path | None) -> dict[str, Tensor]:
         ) from error
 
 
-def _load_backbone(net: nn.Module, state: dict[str, Tensor], weights: str | Path | None) -> None:
+def _load_backbone(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     # `slice2.5.weight` of the package is `features.5.weight` of torchvision.
     names = {name: f"features.{name.split('.', 1)[1]}" for name in net.state_dict()}
     try:
         net.load_state_dict({name: state[theirs] for name, theirs in names.items()})
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(
-            f"LPIPS: {_path(weights)} does not hold VGG-16; expected torchvision's {BACKBONE}"
+            f"LPIPS: {path} does not hold VGG-16; expected torchvision's {BACKBONE}"
         ) from error

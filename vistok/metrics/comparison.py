@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 from vistok.data import ImageSource, Transform
 from vistok.errors import UserError
@@ -37,7 +37,7 @@ class Reference:
         size: tuple[int, int],
         network: FeatureNetwork,
         with_vectors: bool,
-    ) -> Self:
+    ) -> "Reference":
         """Open what `where` names (see `open_pictures`) for images of `size`; `with_vectors` asks
         for more than moments. Raises `UserError` where sizes or features differ."""
         statistics = None

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch_fidelity import feature_extractor_clip as clip
 from torch_fidelity import feature_extractor_dinov2 as dinov2
 from torch_fidelity import feature_extractor_inceptionv3 as inception
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from vistok.errors import UserError, suggestion
 
@@ -37,13 +36,14 @@ class Features:
 
 
 class FeatureNetwork(nn.Module):
-    """Images to features, in float32 whatever the surroundings.
+    """Images to features, in float32 whatever the surroundings. `extractor` returns a tuple of
+    vectors and, if it classifies, logits.
 
     Attributes: `label`, network and weights as a protocol states them; `dim` of a vector;
     `num_logits`, 0 where the network does not classify.
     """
 
-    def __init__(self, extractor: FeatureExtractorBase, label: str):
+    def __init__(self, extractor: nn.Module, label: str):
         super().__init__()
         self.extractor = extractor
         self.label = label

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import vistok
 from vistok.errors import UserError, suggestion
@@ -66,7 +66,7 @@ class Result:
         return "\n".join(lines)
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+    def from_dict(cls, record: Mapping[str, Any]) -> "Result":
         """The inverse of `dataclasses.asdict`."""
         return cls(**{**record, "protocol": Protocol(**record["protocol"])})
 

@@ -35,9 +35,9 @@ class TiTok(QuantizedTokenizer):
         decoder_depth: its blocks.
         decoder_heads: its attention heads.
         decoder_patch_size: side of the decoder's patches; None for the encoder's.
-        stem_channels: width of convolutional networks on the grid of patches that stand in for the
-            linear patch embedding and pixel head, which learns faster from little data; None in
-            the published models.
+        stem_channels: width of convolutional networks on the grid of patches (Xiao et al., 2021,
+            arXiv:2106.14881) in place of the linear patch embedding and pixel head, for little
+            data; None in the published models.
         stem_blocks: residual blocks of these networks.
     """
 

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from vistok.errors import UserError
@@ -36,6 +37,8 @@ def guarded_step(
     The answer is the one value per step that the host waits for: averages and codebooks need it.
     """
     norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+    if isinstance(norm, DTensor):  # of sharded parameters
+        norm = norm.full_tensor()
     finite = torch.stack([term for terms in seen for term in terms.values()]).isfinite().all()
     scaler = accelerator.scaler
     if scaler is None:  # with one (fp16), gradients that overflow are its business
