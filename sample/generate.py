@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -58,7 +58,7 @@ def main(
         npz: also write samples.npz as ADM's evaluator reads it (arr_0, uint8 NHWC)
         compile: compile the generator's step and the tokenizer's decoder
     """
-    process = PartialState()
+    process = Accelerator()
     pipeline = ImagePipeline.from_pretrained(checkpoint).to(process.device)
     cycle = pipeline.labels(classes or range(len(pipeline.class_names)))
     count = 8 * len(cycle) if count is None else count

@@ -6,7 +6,7 @@ python sample/reconstruct.py --tokenizer assets/emoji/tokenizer --output reconst
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 
 from vistok.cli import run
 from vistok.data import Emoji, EvaluationImages, ImageSource, Transform
@@ -36,7 +36,7 @@ def main(
         columns: pictures in a row
     """
     data = data or Emoji("held-out")
-    device = PartialState().device
+    device = Accelerator().device
     model = Tokenizer.from_pretrained(tokenizer).to(device).eval()
     if len(data) < 1 or not 1 <= columns <= count:
         raise UserError(f"--count {count} must be at least --columns {columns}, and data not empty")

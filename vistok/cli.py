@@ -23,6 +23,7 @@ import vistok
 from vistok import commands
 from vistok.decoding.schedules import Schedule
 from vistok.errors import UserError, suggestion
+from vistok.launch import start_all_processes
 
 register_type(Schedule, str, Schedule)
 
@@ -59,6 +60,7 @@ class _Parser(ArgumentParser):
 
 def run(main: Callable[..., None], prog: str | None = None, args: list[str] | None = None) -> None:
     """Parse `main`'s options from the command line (or `args`) and call it."""
+    start_all_processes()
     parser = _Parser(
         prog=prog or os.path.basename(sys.argv[0]),
         description=inspect.getdoc(main).split("\n\nArgs:")[0],

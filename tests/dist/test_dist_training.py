@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
-from vistok import cli
+from vistok import Generator, cli
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "training"))
@@ -77,9 +77,12 @@ def test_another_number_of_processes_keeps_the_samples_of_each_step(out):
         assert sorted(seen) == sorted(whole[16 + 8 * step : 24 + 8 * step])
 
 
+def read_log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
 def test_another_number_of_processes_keeps_the_losses(out):
-    logs = [(out / name / "log.jsonl").read_text().splitlines() for name in ("whole", "parts")]
-    whole, parts = ([json.loads(line) for line in log] for log in logs)
+    whole, parts = read_log(out / "whole"), read_log(out / "parts")
     assert [line["step"] for line in parts] == [1, 2, 3, 4, 5, 6]
     for one, other in zip(whole, parts, strict=True):
         for name in ("loss", "grad_norm", "codebook_perplexity"):
@@ -107,6 +110,21 @@ def test_a_failed_save_on_one_ends_both(out):
     assert one["error"] == "SystemExit(2)"
     assert "No space left" in other["error"]
     assert [p.name for p in (out / "failed" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_sharded_model_learns_what_a_replicated_one_does(out):
+    replicated, sharded = (read_log(out / "sharded" / name) for name in ("replicated", "sharded"))
+    for one, other in zip(replicated, sharded, strict=True):
+        for name in {"loss", "grad_norm", "validation/loss"} & one.keys():
+            assert other[name] == pytest.approx(one[name], rel=1e-5)
+
+
+def test_a_sharded_run_resumes_exactly(out):
+    whole, parts = (out / "sharded" / name for name in ("sharded", "parts"))
+    losses = [[line["loss"] for line in read_log(run)] for run in (whole, parts)]
+    assert losses[0] == losses[1]
+    models = [Generator.from_pretrained(run) for run in (whole, parts)]
+    assert models[0].fingerprint() == models[1].fingerprint()
 
 
 @pytest.mark.slow

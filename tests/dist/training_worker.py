@@ -18,9 +18,11 @@ start_all_processes()  # before what takes long to import
 # ruff: noqa: E402
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from tiny_runs import Squares, quick, tiny_tokenizer, train_generator, train_plain, train_tokenizer
 
-from vistok import ConvTokenizer
+from vistok import ConvTokenizer, LlamaGen
 from vistok.errors import UserError
 from vistok.training import TrainingState, checkpoint
 
@@ -105,6 +107,36 @@ def failed_save(output: Path) -> dict:
     return {"error": error}
 
 
+def sharded(output: Path) -> dict:
+    """Train a generator replicated, sharded (FSDP2), and sharded with a stop."""
+    if RANK == 0:
+        tiny_tokenizer().save_pretrained(output / "tokenizer")
+    options = {"validation": Squares(), "generator": without_dropout}
+    options["run"] = quick(log_every=1, validate_every=3)
+    train_generator(output / "replicated", output / "tokenizer", steps=5, **options)
+
+    # Accelerate offers FSDP on accelerators alone; torch, on CPUs as well.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    AcceleratorState._reset_state()
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    }
+    train_generator(output / "sharded", output / "tokenizer", steps=5, **options)
+    stop = Squares(stop_after=10 if RANK == 1 else None)
+    train_generator(output / "parts", output / "tokenizer", steps=5, data=stop, **options)
+    train_generator(output / "parts", output / "tokenizer", steps=5, resume=True, **options)
+    return {}
+
+
+def without_dropout(spec, class_names) -> LlamaGen:
+    sizes = {"dim": 16, "depth": 2, "num_heads": 2}
+    return LlamaGen(spec, class_names, dropout=0.0, condition_dropout=0.0, **sizes)
+
+
 def killed(output: Path) -> None:
     """Process 1 dies without a word."""
 
@@ -129,6 +161,7 @@ if __name__ == "__main__":
         "skip": lambda: not_finite(out / "skip", "skip"),
         "stop": lambda: not_finite(out / "stop", "stop"),
         "failed save": lambda: failed_save(out / "failed"),
+        "sharded": lambda: sharded(out / "sharded"),
     }
     if sys.argv[2:] == ["killed"]:
         scenarios = {"killed": lambda: killed(out / "killed")}

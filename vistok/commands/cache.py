@@ -5,7 +5,7 @@ accelerate launch --num_processes 8 -m vistok.cli cache --tokenizer ... --data I
 """
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -44,7 +44,7 @@ def main(
         num_workers: processes that load pictures, for each process
         seed: of the random transform
     """
-    process = PartialState()
+    process = Accelerator()
     model = Tokenizer.from_pretrained(tokenizer).to(process.device).eval()
     crop = Transform(transform, model.image_size[0])
     if crops < 1 or (crops > 1 and not crop.is_random):

@@ -8,9 +8,9 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import pil_to_tensor
 
 from vistok.data import Emoji, ImageFolder, ImageSource, Sample, TarShards, Transform, to_uint8
+from vistok.data.transforms import to_float
 from vistok.errors import UserError, suggestion
 from vistok.metrics.statistics import read_npz
 
@@ -76,7 +76,7 @@ class Pictures(Dataset):
         self.source = source
         self.transform = transform
         self.count = count or len(source)
-        self.size = (transform.size, transform.size) if transform else self._size_of(source[0])
+        self.size = (transform.size, transform.size) if transform else _size(source[0])
 
     def __len__(self) -> int:
         return self.count
@@ -87,14 +87,12 @@ class Pictures(Dataset):
             raise UserError(
                 f"{sample.key}: scores are of RGB pictures, this is {sample.image.mode}"
             )
-        if self.transform is not None:
-            return index, to_uint8(self.transform(sample.image))
-        if self._size_of(sample) != self.size:
-            (h, w), (height, width) = self._size_of(sample), self.size
+        if self.transform is None and _size(sample) != self.size:
+            (h, w), (height, width) = _size(sample), self.size
             raise UserError(
                 f"{sample.key} is {w} x {h} and the first picture {width} x {height}: give --size"
             )
-        return index, pil_to_tensor(sample.image)
+        return index, to_uint8((self.transform or to_float)(sample.image))
 
     @property
     def presentation(self) -> str:
@@ -105,6 +103,6 @@ class Pictures(Dataset):
         of = "" if self.count == len(self.source) else f" of {len(self.source)}"
         return f"{self.source.name}, {self.count}{of} pictures, {self.presentation}"
 
-    @staticmethod
-    def _size_of(sample: Sample) -> tuple[int, int]:
-        return sample.image.height, sample.image.width
+
+def _size(sample: Sample) -> tuple[int, int]:
+    return sample.image.height, sample.image.width

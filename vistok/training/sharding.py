@@ -32,7 +32,8 @@ def optimizer_moments(
 ) -> dict[Any, Any]:
     """Return the optimiser's state without its hyperparameters, which the config gives."""
     if accelerator.is_fsdp2:
-        return get_optimizer_state_dict(model, optimizer, options=WHOLE)["state"]
+        # Only the main process receives it.
+        return get_optimizer_state_dict(model, optimizer, options=WHOLE).get("state", {})
     return optimizer.state_dict()["state"]
 
 
@@ -41,7 +42,11 @@ def load_optimizer_moments(
 ) -> None:
     """The inverse of `optimizer_moments`."""
     if accelerator.is_fsdp2:
-        groups = get_optimizer_state_dict(model, optimizer, options=WHOLE)["param_groups"]
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = [
+            {**group, "params": [names[parameter] for parameter in group["params"]]}
+            for group in optimizer.param_groups
+        ]
         state = {"state": moments, "param_groups": groups}
         set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
     else:
@@ -53,12 +58,13 @@ def shard_like_model(accelerator: Accelerator, ema: EMA) -> None:
     """Shard the average as `Accelerator.prepare` has sharded the model it follows."""
     if accelerator.is_fsdp2:
         ema.module = fsdp2_prepare_model(accelerator, ema.module)
+        ema.module.set_reshard_after_forward(True)  # no backward pass will do it
 
 
 def unsharded(accelerator: Accelerator, ema: EMA, state: dict[str, Tensor]) -> nn.Module:
     """Return the averaged model in one piece, `state` being its whole state on this process."""
     if not accelerator.is_fsdp2:
         return ema.module
-    model = ema.model_class.from_config(dict(ema.module.config))
+    model = ema.model_class.from_config(ema.module.arguments)
     model.load_state_dict(state)
     return model.eval()

@@ -1,0 +1,78 @@
+"""Two processes sample and score what one does, each image once."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vistok import FSQ, ConvTokenizer, ImagePipeline, LlamaGen
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pair")
+    tokenizer = ConvTokenizer(
+        FSQ([4, 4]), image_size=16, channels=8, channel_multipliers=[1], patch_size=4,
+        num_res_blocks=1, z_channels=8, attention=False,
+    )  # fmt: skip
+    generator = LlamaGen(tokenizer.spec, ["a", "b", "c"], dim=32, depth=1, num_heads=2)
+    torch.nn.init.normal_(generator.head.linear.weight)
+    ImagePipeline(tokenizer, generator).save_pretrained(folder)
+    return folder
+
+
+def run(processes: int, script: str, *args: object) -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "accelerate.commands.launch", "--cpu", "--main_process_port", port]
+        launch += ["--num_processes", str(processes)]
+    done = subprocess.run(
+        [*launch, script, *map(str, args)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_samples_are_those_of_one_process(checkpoint, tmp_path):
+    for processes in (1, 2):
+        out = run(
+            processes, "sample/generate.py", "--checkpoint", checkpoint, "--count", 11,
+            "--batch_size", 4, "--output", tmp_path / str(processes),
+        )  # fmt: skip
+        assert out.count("11 images") == 1
+    one, two = (sorted((tmp_path / n).glob("*.png")) for n in "12")
+    assert len(one) == 11
+    assert [f.name for f in one] == [f.name for f in two]
+    assert [f.read_bytes() for f in one] == [f.read_bytes() for f in two]
+
+
+def test_scores_are_those_of_one_process(checkpoint, tmp_path):
+    scores = []
+    for processes in (1, 2):
+        output = tmp_path / f"{processes}.json"
+        run(
+            processes, "sample/evaluate.py", "--tokenizer", checkpoint / "tokenizer", "--data",
+            "Emoji", "--data.split", "held-out", "--count", 21, "--features", "random",
+            "--batch_size", 4, "--metrics", '["psnr", "ssim", "codebook", "fid"]',
+            "--output", output,
+        )  # fmt: skip
+        (result,) = json.loads(output.read_text()).values()
+        assert result["protocol"]["count"] == 21
+        scores.append(result["scores"])
+    assert scores[1] == pytest.approx(scores[0], rel=1e-6)
