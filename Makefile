@@ -21,8 +21,9 @@ demo: $(VENV)/installed
 	python sample/reconstruct.py --tokenizer $(RUN)/tokenizer --output $(RUN)/reconstructions.png
 	python sample/generate.py --checkpoint $(RUN) --output $(RUN)/samples
 	python sample/evaluate.py --config configs/quickstart/rfid.yaml
-	python sample/evaluate.py --config configs/quickstart/fid.yaml --untrained true
-	python sample/evaluate.py --config configs/quickstart/fid.yaml
+	python sample/evaluate.py --config configs/quickstart/fid.yaml --untrained true --name untrained
+	python sample/evaluate.py --config configs/quickstart/fid.yaml --name trained
+	vistok scores --file $(RUN)/metrics.json
 	@echo "Pictures: $(RUN)/reconstructions.png $(RUN)/samples.png; scores: $(RUN)/metrics.json"
 
 test: $(VENV)/installed

@@ -52,7 +52,10 @@ FAULTS = {
     ),
     "an unknown argument": (lambda s: edit_config(s, chanels=8), "did you mean 'channels'"),
     "an unknown class": (lambda s: edit_config(s, _class_name="ConvTokeniser"), "ConvTokenizer"),
-    "a class of another kind": (lambda s: edit_config(s, _class_name="FSQ"), "expected a Tokenizer"),
+    "a class of another kind": (
+        lambda s: edit_config(s, _class_name="FSQ"),
+        "expected a Tokenizer",
+    ),
     "a class outside vistok": (lambda s: edit_config(s, _class_name="os.system"), "not part of"),
     "a part outside vistok": (
         lambda s: edit_config(s, quantizer={"_class_name": "subprocess.Popen", "args": "true"}),

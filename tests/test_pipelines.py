@@ -64,7 +64,9 @@ def test_save_and_load(pipeline, tmp_path):
 
 def test_an_unfit_pair_is_refused(pipeline):
     other = LlamaGen(TokenSpec.ids((4, 4), 99), CLASSES, dim=32, depth=1, num_heads=2)
-    with pytest.raises(IncompatibleTokensError, match=r"ConvTokenizer makes 4x4 ids of 16, .*of 99"):
+    with pytest.raises(
+        IncompatibleTokensError, match=r"ConvTokenizer makes 4x4 ids of 16, .*of 99"
+    ):
         ImagePipeline(pipeline.tokenizer, other)
 
 

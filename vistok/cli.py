@@ -1,8 +1,8 @@
 """Command lines: every script's options are the signature of its `main`, read by jsonargparse.
 
-`run(main)` gives a script `--config FILE`, dotted overrides, `--help` and `--print_config`; a mistake
-in the input ends in one line and exit code 2. `main` is the `vistok` command, which passes the rest
-of its line to one of `vistok.commands`.
+`run(main)` gives a script `--config FILE`, dotted overrides, `--help` and `--print_config`; a
+mistake in the input ends in one line and exit code 2. `main` is the `vistok` command, which passes
+the rest of its line to one of `vistok.commands`.
 """
 
 import importlib

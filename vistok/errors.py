@@ -1,4 +1,4 @@
-"""Errors are part of the interface: one line that says what is wrong, where, and what would be right."""
+"""Errors are part of the interface: one line says what is wrong, where, and what would be right."""
 
 import difflib
 from collections.abc import Iterable

@@ -20,7 +20,7 @@ def image_grid(
     row_labels: Sequence[str] = (),
     scale: int = 1,
 ) -> Image.Image:
-    """Return the images in rows of `columns` on white, with a label to the left of each row; `scale`
+    """Return the images in rows of `columns` on white, a label to the left of each row; `scale`
     repeats pixels, so that small pictures can be seen."""
     pictures = to_pil(images)
     width, height = (side * scale for side in pictures[0].size)

@@ -63,7 +63,7 @@ def _from_plain(value: Any, where: str) -> Any:
 
 
 class _Configured(ConfigMixin):
-    """Records constructor arguments as JSON and rebuilds from them, refusing what it does not know."""
+    """Records constructor arguments as JSON and rebuilds from them, refusing unknown ones."""
 
     config_name = "config.json"
 
@@ -80,12 +80,11 @@ class _Configured(ConfigMixin):
 
     @classmethod
     def revive(cls, config: dict[str, Any], where: str) -> dict[str, Any]:
-        """Return `config` with its parts built; raise `CheckpointError` for a key or class that this
-        vistok does not know."""
+        """Return `config` with its parts built; raise `CheckpointError` for an unknown key or class."""
         if config.get("_format", FORMAT) > FORMAT:
             raise CheckpointError(
-                f"{where}: written in format {config['_format']}, this vistok reads up to {FORMAT}: "
-                "upgrade vistok"
+                f"{where}: written in format {config['_format']}, this vistok reads up to "
+                f"{FORMAT}: upgrade vistok"
             )
         known = set(inspect.signature(cls.__init__).parameters) - {"self"}
         for key in (k for k in config if not k.startswith("_")):
@@ -135,10 +134,15 @@ class Model(diffusers.ModelMixin, _Configured):
             )
         except CheckpointError:
             raise
-        except (OSError, safetensors.SafetensorError, json.JSONDecodeError, RecursionError) as error:
+        except (
+            OSError,
+            safetensors.SafetensorError,
+            json.JSONDecodeError,
+            RecursionError,
+        ) as error:
             raise CheckpointError(
-                f"{where}: no readable vistok model ({_first_line(error)}); expected a directory or "
-                f"Hub repository with {cls.config_name} and {WEIGHTS}"
+                f"{where}: no readable vistok model ({_first_line(error)}); expected a directory "
+                f"or Hub repository with {cls.config_name} and {WEIGHTS}"
             ) from error
         except (ValueError, RuntimeError, TypeError) as error:
             raise CheckpointError(f"{where}: does not fit {name}: {_first_line(error)}") from error
@@ -158,7 +162,7 @@ class Model(diffusers.ModelMixin, _Configured):
 
     @torch.no_grad()
     def fingerprint(self) -> str:
-        """SHA-256 over the class, its arguments and every tensor: equal exactly for equal models."""
+        """SHA-256 over class, arguments and every tensor: equal exactly for equal models."""
         digest = hashlib.sha256(type(self).__name__.encode())
         digest.update(json.dumps(self.arguments, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):

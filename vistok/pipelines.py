@@ -1,6 +1,5 @@
 """ImagePipeline: a tokenizer and a generator behind one diffusers-style call."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,4 +161,3 @@ class ImagePipeline:
         indices = range(len(class_labels)) if indices is None else indices
         images = self.sample(self.labels(class_labels), seed, indices, decoding)
         return PipelineOutput(to_pil(images))
-

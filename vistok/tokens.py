@@ -25,8 +25,8 @@ Kind = Literal["ids", "factorised", "latents"]
 class TokenSpec:
     """What one image becomes.
 
-    `shape` is `(n,)` for a sequence, `(h, w)` for a grid, `(t, h, w)` for video, or a tuple of grids
-    `((1, 1), (2, 2), ...)` for scales, whose tokens lie one scale after the other in a single axis.
+    `shape` is `(n,)` for a sequence, `(h, w)` for a grid, `(t, h, w)` for video, or a tuple of
+    grids `((1, 1), (2, 2), ...)` for scales, whose tokens lie one scale after another in one axis.
     `ordered` says that any prefix of the sequence decodes to a whole image.
     """
 
@@ -100,9 +100,8 @@ class TokenSpec:
         integer = not (tokens.is_floating_point() or tokens.dtype == torch.bool)
         if tuple(tokens.shape[1:]) != self.tensor_shape or integer == (self.kind == "latents"):
             expected = ", ".join(map(str, ("B", *self.tensor_shape)))
-            raise UserError(
-                f"{where}: got {tokens.dtype} {tuple(tokens.shape)}, expected {self} as ({expected})"
-            )
+            got = f"{tokens.dtype} {tuple(tokens.shape)}"
+            raise UserError(f"{where}: got {got}, expected {self} as ({expected})")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; `from_dict` is its inverse."""
@@ -118,8 +117,10 @@ class TokenSpec:
             "factorised": f"with levels {self.levels}",
             "latents": f"of dim {self.dim}",
         }[self.kind]
-        shape = "+".join(f"{h}x{w}" for h, w in self.shape) if self.is_scales else "x".join(
-            map(str, self.shape)
+        shape = (
+            "+".join(f"{h}x{w}" for h, w in self.shape)
+            if self.is_scales
+            else "x".join(map(str, self.shape))
         )
         return f"{shape} {'ordered ' if self.ordered else ''}{self.kind} {size}"
 

@@ -109,11 +109,11 @@ def failed_save(output: Path) -> dict:
 
 def sharded(output: Path) -> dict:
     """Train a generator replicated, sharded (FSDP2), and sharded with a stop."""
-    if RANK == 0:
-        tiny_tokenizer().save_pretrained(output / "tokenizer")
+    tokenizer = output / f"tokenizer-{RANK}"
+    tiny_tokenizer().save_pretrained(tokenizer)
     options = {"validation": Squares(), "generator": without_dropout}
     options["run"] = quick(log_every=1, validate_every=3)
-    train_generator(output / "replicated", output / "tokenizer", steps=5, **options)
+    train_generator(output / "replicated", tokenizer, steps=5, **options)
 
     # Accelerate offers FSDP on accelerators alone; torch, on CPUs as well.
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -125,10 +125,10 @@ def sharded(output: Path) -> dict:
         "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block",
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     }
-    train_generator(output / "sharded", output / "tokenizer", steps=5, **options)
+    train_generator(output / "sharded", tokenizer, steps=5, **options)
     stop = Squares(stop_after=10 if RANK == 1 else None)
-    train_generator(output / "parts", output / "tokenizer", steps=5, data=stop, **options)
-    train_generator(output / "parts", output / "tokenizer", steps=5, resume=True, **options)
+    train_generator(output / "parts", tokenizer, steps=5, data=stop, **options)
+    train_generator(output / "parts", tokenizer, steps=5, resume=True, **options)
     return {}
 
 

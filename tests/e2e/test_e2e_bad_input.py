@@ -1,4 +1,4 @@
-"""Bad input, as a table over the real commands: one clear line, exit code 2, nothing half-written."""
+"""Bad input, a table over the real commands: one clear line, exit code 2, nothing half-written."""
 
 import pickle
 import shutil
@@ -43,7 +43,14 @@ def png(path: Path) -> bytes:
 
 
 def train_tokenizer(p, *more):
-    return ("train/tokenizer.py", "--config", p.configs / "tokenizer.yaml", "--output", p.out, *more)
+    return (
+        "train/tokenizer.py",
+        "--config",
+        p.configs / "tokenizer.yaml",
+        "--output",
+        p.out,
+        *more,
+    )
 
 
 def train_generator(p, *more):
@@ -65,7 +72,10 @@ def evaluate(p, *more):
 
 CASES = {
     # Configs and options.
-    "a config that is missing": (lambda p: ("train/tokenizer.py", "--config", p.tmp / "no.yaml"), "no.yaml"),
+    "a config that is missing": (
+        lambda p: ("train/tokenizer.py", "--config", p.tmp / "no.yaml"),
+        "no.yaml",
+    ),
     "a wrong key": (lambda p: train_tokenizer(p, "--imges", 8), "did you mean 'images'"),
     "a wrong key in a group": (lambda p: train_tokenizer(p, "--optimizer.lrr", 1), "lrr"),
     "a wrong key of a class": (
@@ -133,12 +143,13 @@ CASES = {
     ),
     "a folder that is missing": (
         lambda p: reconstruct(
-            p, "--tokenizer", p.good / "tokenizer", "--data", "ImageFolder", "--data.root", p.tmp / "no"
+            p, "--tokenizer", p.good / "tokenizer", "--data", "ImageFolder",
+            "--data.root", p.tmp / "no",
         ),
         "no",
     ),
     "features without weights": (
-        lambda p: ("sample/evaluate.py", "--output", p.out, "--data", p.good, "--reference", "Emoji"),
+        lambda p: evaluate(p, "--data", p.good, "--reference", "Emoji", "--features", "inception"),
         "feature_weights",
     ),
     "features that do not exist": (

@@ -77,7 +77,14 @@ def test_reconstruct_draws_a_grid(run_folder, tmp_path, capfd):
 
 def test_a_generator_trains_on_a_token_cache(run_folder, configs, tmp_path, capfd):
     cache = tmp_path / "tokens"
-    encode = ("--tokenizer", run_folder / "tokenizer", "--data", "Emoji", "--data.split", "held-out")
+    encode = (
+        "--tokenizer",
+        run_folder / "tokenizer",
+        "--data",
+        "Emoji",
+        "--data.split",
+        "held-out",
+    )
     code, _, err = run(capfd, "vistok/cli.py", "cache", *encode, "--output", cache,
                        "--num_workers", 0)  # fmt: skip
     assert code == 0, err

@@ -12,7 +12,11 @@ from vistok.errors import CheckpointError, IncompatibleTokensError, UserError
 from vistok.generators import Generator, LlamaGen
 from vistok.tokens import TokenSpec
 
-SPECS = [TokenSpec.ids((4, 4), 11), TokenSpec.ids((3, 5), 11), TokenSpec.ids((9,), 11, ordered=True)]
+SPECS = [
+    TokenSpec.ids((4, 4), 11),
+    TokenSpec.ids((3, 5), 11),
+    TokenSpec.ids((9,), 11, ordered=True),
+]
 SIZES = {LlamaGen: {"dim": 32, "depth": 2, "num_heads": 4}}
 EXPORTED = [
     c
@@ -29,7 +33,9 @@ def tiny(family: type[Generator], spec: TokenSpec, **more) -> Generator:
     return model
 
 
-@pytest.fixture(params=[(f, s) for f in EXPORTED for s in SPECS], ids=lambda p: f"{p[0].__name__}-{p[1]}")
+@pytest.fixture(
+    params=[(f, s) for f in EXPORTED for s in SPECS], ids=lambda p: f"{p[0].__name__}-{p[1]}"
+)
 def model(request):
     return tiny(*request.param)
 
@@ -86,7 +92,13 @@ def test_a_repeated_call_is_clean(model):
     memory = state.memory.data_ptr()
     before = {name: p.clone() for name, p in model.state_dict().items()}
     first = decode(model, CONDITION, Noise(0, range(3)), decoding, state)
-    decode(model, CONDITION.flip(0), Noise(9, range(3)), Decoding(guidance=Schedule("interval(2,0,0.5)")), state)
+    decode(
+        model,
+        CONDITION.flip(0),
+        Noise(9, range(3)),
+        Decoding(guidance=Schedule("interval(2,0,0.5)")),
+        state,
+    )
     again = decode(model, CONDITION, Noise(0, range(3)), decoding, state)
     assert torch.equal(first, again)
     assert state.memory.data_ptr() == memory
@@ -98,10 +110,14 @@ def test_an_image_depends_on_its_seed_index_and_class_alone(model):
     decoding = Decoding(guidance=Schedule(2.5), top_p=0.95)
 
     def run(batch):
-        return torch.cat([
-            decode(model, labels[i : i + batch], Noise(1, range(i, min(i + batch, 64))), decoding)
-            for i in range(0, 64, batch)
-        ])
+        return torch.cat(
+            [
+                decode(
+                    model, labels[i : i + batch], Noise(1, range(i, min(i + batch, 64))), decoding
+                )
+                for i in range(0, 64, batch)
+            ]
+        )
 
     together = run(64)
     assert torch.equal(run(7), together)
@@ -115,7 +131,10 @@ def test_an_image_depends_on_its_seed_index_and_class_alone(model):
 def test_guidance_halves_are_dropped_when_no_longer_needed(model):
     batches = []
     step = model.step
-    model.step = lambda tokens, condition, *rest: (batches.append(len(condition)), step(tokens, condition, *rest))[1]
+    model.step = lambda tokens, condition, *rest: (
+        batches.append(len(condition)),
+        step(tokens, condition, *rest),
+    )[1]
     decode(model, CONDITION, Noise(0, range(3)), Decoding(guidance=Schedule("interval(3,0,0.5)")))
     guided = sum(f <= 0.5 for f in model.plan().fractions)
     assert batches == [6] * guided + [3] * (len(batches) - guided)
@@ -139,7 +158,9 @@ def test_the_loss_falls_to_that_of_the_data(model):
         loss.backward()
         optimizer.step()
     assert loss < 0.1
-    drawn = decode(model.eval(), CONDITION[:2], Noise(0, range(2)), Decoding(temperature=Schedule(0)))
+    drawn = decode(
+        model.eval(), CONDITION[:2], Noise(0, range(2)), Decoding(temperature=Schedule(0))
+    )
     assert torch.equal(drawn, tokens)
 
 

@@ -39,8 +39,7 @@ def corners(scale: float = 1 / 255) -> FeatureNetwork:
 
 def images(indices: range) -> tuple[torch.Tensor, torch.Tensor]:
     rows = [
-        torch.randint(256, (3, 16, 16), generator=torch.Generator().manual_seed(i))
-        for i in indices
+        torch.randint(256, (3, 16, 16), generator=torch.Generator().manual_seed(i)) for i in indices
     ]
     return torch.tensor(indices), torch.stack(rows).to(torch.uint8)
 

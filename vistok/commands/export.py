@@ -4,13 +4,16 @@ vistok export --checkpoint runs/emoji --output assets/emoji --dtype float16 --me
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import torch
 import yaml
 
+from vistok.commands.scores import table
 from vistok.errors import UserError
+from vistok.metrics import read_results
 from vistok.pipelines import ImagePipeline
 
 
@@ -32,7 +35,7 @@ def main(
     """
     pipeline = ImagePipeline.from_pretrained(checkpoint).to(getattr(torch, dtype))
     runs = [describe_run(Path(checkpoint, part)) for part in ("tokenizer", "generator")]
-    scores = describe_scores(Path(metrics)) if metrics else ""
+    scores = describe_scores(metrics) if metrics else ""
     pipeline.save_pretrained(output, "\n\n".join(filter(None, [note, scores, *runs])))
     print(f"{checkpoint} in {dtype}: {output}")
 
@@ -49,9 +52,7 @@ def describe_run(run: Path) -> str:
         for before, after, line in zip(images, images[1:], lines, strict=False)
     )
     last = lines[-1]
-    held_out = "".join(
-        f", {key} {last[key]:.4g}" for key in last if key.startswith("validation/")
-    )
+    held_out = "".join(f", {key} {last[key]:.4g}" for key in last if key.startswith("validation/"))
     return (
         f"## How the {run.name} was trained\n\n"
         f"`accelerate launch train/{run.name}.py --config config.yaml`: {last['images']:,} images "
@@ -61,20 +62,10 @@ def describe_run(run: Path) -> str:
     )
 
 
-def describe_scores(file: Path) -> str:
-    """Return a table of the results in `file`, each with its protocol."""
-    try:
-        results = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"--metrics {file}: no readable results ({error})") from None
-    rows = [
-        f"| {name} | {score} | {value:.4g} |"
-        for name, result in results.items()
-        for score, value in result["scores"].items()
-    ]
-    protocols = [
-        f"{name}:\n\n```yaml\n{yaml.safe_dump(result['protocol'])}```"
-        for name, result in results.items()
-    ]
-    table = "\n".join(["| result | score | value |", "|---|---|---|", *rows])
-    return "\n\n".join([f"## Scores\n\n{table}", "Protocols:", *protocols])
+def describe_scores(file: str) -> str:
+    """Return the results in `file`, each with its protocol."""
+    results = read_results(file)
+    if not results:
+        raise UserError(f"--metrics {file}: holds no results; make them with sample/evaluate.py")
+    protocols = yaml.safe_dump({name: asdict(r.protocol) for name, r in results.items()})
+    return f"## Scores\n\n{table(results)}\n\nBy these protocols:\n\n```yaml\n{protocols}```"

@@ -5,9 +5,9 @@ given all earlier sets. A plan lists, for each pass, the rows fed to the network
 predicted, and the (row, head, weight) triples whose logits are averaged for each. It is a pure
 function of the token shape.
 
-One rule covers attention in training and generation: with f(k) the rank in which row k is fed, row q
-sees row k where f(k) <= f(q). Keys and values stored in the order of f then make every pass see a
-contiguous prefix: generation needs no mask between passes, and training is one forward over all rows.
+One rule covers attention in training and generation: with f(k) the rank in which row k is fed, row
+q sees row k where f(k) <= f(q). Keys and values stored in the order of f then make every pass see a
+contiguous prefix: generation needs no mask between passes, and training is one forward over all.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Schedules of progress: guidance, temperature and inner steps as functions of the fraction decoded."""
+"""Schedules of progress: guidance, temperature, inner steps along the fraction decoded."""
 
 import math
 import re

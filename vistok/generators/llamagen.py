@@ -1,8 +1,10 @@
-"""LlamaGen: a decoder-only transformer over the ids of any tokenizer (Sun et al., 2024, 2406.06525).
+"""LlamaGen (Sun et al., 2024, arXiv:2406.06525): a decoder-only transformer over a tokenizer's ids.
 
 The class is a one-row prefix; each row predicts the id of the next position in raster order. Rotary
 positions follow the tokens' shape: one axis for sequences, two for grids.
 """
+
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -30,7 +32,7 @@ class LlamaGen(Generator):
     condition_dropout: probability with which training replaces a class by the null class.
     """
 
-    _no_split_modules = ["Block"]
+    _no_split_modules: ClassVar = ["Block"]
     kinds = ("ids",)
 
     @register_to_config
@@ -51,7 +53,7 @@ class LlamaGen(Generator):
         self.check_spec(spec)
         if dim % num_heads or num_heads % (num_kv_heads or num_heads):
             raise UserError(
-                f"LlamaGen: dim {dim} must be a multiple of num_heads {num_heads}, and num_heads of "
+                f"LlamaGen: dim {dim} must be a multiple of num_heads {num_heads}, and that of "
                 f"num_kv_heads {num_kv_heads}"
             )
         self.spec, self.class_names = spec, tuple(class_names)

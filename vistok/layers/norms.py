@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root mean square norm (Zhang & Sennrich, 2019) whose arithmetic is float32 under autocast; the
+    """Root mean square norm (Zhang & Sennrich, 2019) with float32 arithmetic under autocast; the
     result is cast to the input's dtype before the weight multiplies it, as in Llama."""
 
     def forward(self, x: Tensor) -> Tensor:
