@@ -34,6 +34,7 @@ Metric = m.SetMetric | Literal["psnr", "ssim", "lpips", "codebook"]
 def main(
     tokenizer: str | None = None,
     checkpoint: str | None = None,
+    untrained: bool = False,
     data: ImageSource | str | None = None,
     reference: ImageSource | str | None = None,
     statistics: str | None = None,
@@ -63,6 +64,7 @@ def main(
     Args:
         tokenizer: directory or Hub repository of a tokenizer, scored on the data
         checkpoint: directory or Hub repository of a pipeline, sampled on the fly
+        untrained: sample the checkpoint's generator as it was before training, for a baseline
         data: pictures to reconstruct, or to be scored themselves
         reference: pictures to compare with, or npz statistics of them; a tokenizer's are its data
         statistics: npz file for the statistics of what is scored: a reference for later
@@ -91,7 +93,8 @@ def main(
     if statistics or not OF_SETS.isdisjoint(metrics or OF_SETS):
         network = m.load_features(features, feature_weights).to(accelerator.device)
     if checkpoint and not (tokenizer or data):
-        pipeline = ImagePipeline.from_pretrained(checkpoint).to(accelerator.device)
+        pipeline = ImagePipeline.from_pretrained(checkpoint)
+        pipeline = (pipeline.untrained() if untrained else pipeline).to(accelerator.device)
         decoding = Decoding(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
         subject = Samples(pipeline, count or 50_000, seed, decoding)
     elif tokenizer and data and not checkpoint:

@@ -62,6 +62,14 @@ def test_save_and_load(pipeline, tmp_path):
     assert first == second
 
 
+def test_an_untrained_copy_has_fresh_weights(pipeline):
+    fresh = pipeline.untrained()
+    assert fresh.tokenizer is pipeline.tokenizer
+    assert fresh.generator.arguments == pipeline.generator.arguments
+    assert fresh.generator.head.linear.weight.abs().max() == 0
+    assert pipeline.generator.head.linear.weight.abs().max() > 0
+
+
 def test_an_unfit_pair_is_refused(pipeline):
     other = LlamaGen(TokenSpec.ids((4, 4), 99), CLASSES, dim=32, depth=1, num_heads=2)
     with pytest.raises(

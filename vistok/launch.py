@@ -1,7 +1,9 @@
-"""Several processes on CPUs, as `accelerate launch --cpu --num_processes N` promises."""
+"""What `accelerate launch` leaves undone: several processes on CPUs, and passing signals on."""
 
 import argparse
+import ctypes
 import os
+import signal
 import sys
 
 import psutil
@@ -9,15 +11,23 @@ import torch
 
 from vistok.errors import UserError
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def start_all_processes() -> None:
     """Replace this process by N under torchrun if `accelerate launch --num_processes N` has started
-    it alone, as it does on CPUs, without a word, unless MPI does the starting."""
+    it alone, as it does on CPUs, without a word, unless MPI does the starting.
+
+    Where the launcher is ended by a signal, its processes are asked to end as well.
+    """
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # started otherwise
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True" or not torch.accelerator.is_available()
     started = {"RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"} & set(os.environ)
     # The launcher gives an address to several processes only, and their number nowhere.
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    several = launched and os.environ.get("MASTER_ADDR") == "127.0.0.1"
+    several = os.environ.get("MASTER_ADDR") == "127.0.0.1"
     if started or not (on_cpu and several):
         return
     launcher = argparse.ArgumentParser(allow_abbrev=False)

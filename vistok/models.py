@@ -71,6 +71,8 @@ class _Configured(ConfigMixin):
         if hasattr(self, "_internal_dict"):
             # A parent's constructor runs inside the child's: the child's arguments stand.
             arguments = {k: v for k, v in arguments.items() if k.startswith("_")}
+        # diffusers counts positional arguments as defaults and would forget them in `from_config`.
+        arguments.pop("_use_default_values", None)
         super().register_to_config(**{k: _to_plain(v) for k, v in arguments.items()})
 
     @property
@@ -80,7 +82,7 @@ class _Configured(ConfigMixin):
 
     @classmethod
     def revive(cls, config: dict[str, Any], where: str) -> dict[str, Any]:
-        """Return `config` with its parts built; raise `CheckpointError` for an unknown key or class."""
+        """Return `config`, its parts built; raise `CheckpointError` for an unknown key or class."""
         if config.get("_format", FORMAT) > FORMAT:
             raise CheckpointError(
                 f"{where}: written in format {config['_format']}, this vistok reads up to "

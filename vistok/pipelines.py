@@ -53,6 +53,10 @@ class ImagePipeline:
             Generator.from_pretrained(path, subfolder="generator", **kwargs),
         )
 
+    def untrained(self) -> Self:
+        """Return a pipeline with the same tokenizer under a generator of fresh weights."""
+        return type(self)(self.tokenizer, type(self.generator).from_config(self.generator.config))
+
     def save_pretrained(self, path: str | Path, card: str = "") -> None:
         """Write both models side by side, with `card` as the text of the model card."""
         self.tokenizer.save_pretrained(Path(path, "tokenizer"))

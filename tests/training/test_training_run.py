@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_runs import Squares, latest, quick, tiny_tokenizer, train_generator, train_tokenizer
 
 from vistok import ConvTokenizer, Generator, LlamaGen, cli
-from vistok.data import TokenCacheHeader, TokenCacheWriter, Transform
+from vistok.data import BrokenSampleError, TokenCacheHeader, TokenCacheWriter, Transform
 from vistok.errors import UserError
 from vistok.training import OptimizerConfig, run, stopping
 
@@ -82,6 +82,27 @@ def test_changed_learning_rate_takes_effect(tmp_path):
     after = load_file(latest(tmp_path) / "tokenizer.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert all(name.startswith("quantizer.") for name in moved)  # the revival of codes
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_broken_data_end_in_one_line(tmp_path, num_workers):
+    class Broken(Squares):
+        def __getitem__(self, index):
+            raise BrokenSampleError(f"picture {index} cannot be decoded")
+
+    with pytest.raises(UserError, match=r"^training data: 32 broken samples in a row, .*decoded$"):
+        train_tokenizer(tmp_path, data=Broken(), run=quick(num_workers=num_workers))
+
+
+def test_broken_samples_are_counted(tmp_path):
+    class OneBroken(Squares):
+        def __getitem__(self, index):
+            if index == 3:
+                raise BrokenSampleError("picture 3 cannot be decoded")
+            return super().__getitem__(index)
+
+    train_tokenizer(tmp_path, steps=5, data=OneBroken(), run=quick(log_every=5))
+    assert read_log(tmp_path)[0]["broken_samples"] == pytest.approx(2 / 40)  # two epochs
 
 
 class Faulty(ConvTokenizer):

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from vistok.errors import UserError
 from vistok.files import replaced
 from vistok.training.checkpoint import Checkpoints, TrainingState
 from vistok.training.log import Clock
@@ -96,7 +97,11 @@ class Progress:
             return
         micro_batches = self.clock.timed(loader)
         for step in range(self.state.step, self.num_steps):
-            batches = list(islice(micro_batches, accumulation))
+            try:
+                batches = list(islice(micro_batches, accumulation))
+            except UserError as error:
+                # A worker process passes its error on as the text of a traceback.
+                raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
             batches = send_to_device(batches, self.accelerator.device, non_blocking=True)
             skipped = torch.cat([batch["skipped"] for batch in batches])
             self.state.window.add([], broken_samples=skipped.float().mean())
