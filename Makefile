@@ -17,6 +17,7 @@ $(VENV)/installed: pyproject.toml
 
 demo: $(VENV)/installed
 	accelerate launch train/tokenizer.py --config configs/quickstart/tokenizer.yaml --resume true
+	vistok cache --tokenizer $(RUN)/tokenizer --data Emoji --data.split train --output $(RUN)/tokens
 	accelerate launch train/generator.py --config configs/quickstart/generator.yaml --resume true
 	python sample/reconstruct.py --tokenizer $(RUN)/tokenizer --output $(RUN)/reconstructions.png
 	python sample/generate.py --checkpoint $(RUN) --output $(RUN)/samples

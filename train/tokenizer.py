@@ -9,7 +9,6 @@ Stop it with Ctrl-C or SIGTERM, and go on where it was with `--resume true`.
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import DistributedType
 from PIL import Image
 from torch import Tensor
@@ -19,6 +18,7 @@ from vistok.data import EvaluationImages, Images, ImageSource, Stream, Transform
 from vistok.errors import UserError
 from vistok.images import image_grid
 from vistok.losses import TokenizerLoss
+from vistok.metrics import psnr
 from vistok.tokenizers import Tokenizer
 from vistok.training import (
     EMA,
@@ -113,13 +113,14 @@ def main(
     centred = Transform("resize-center-crop", size)
     held_out = EvaluationImages(validation, centred) if validation else None
 
-    def reconstruct(images: Tensor) -> Tensor:
-        return ema.module.decode(ema.module.encode(images))
+    def reconstruct(pictures: Tensor) -> Tensor:
+        return ema.module.decode(ema.module.encode(pictures))
 
     def scores(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         pictures = batch["image"]
-        mse = F.mse_loss(reconstruct(pictures), pictures, reduction="none").mean((1, 2, 3))
-        return {"validation/mse": mse, "validation/psnr": -10 * mse.log10()}
+        reconstruction = reconstruct(pictures)
+        mse = (reconstruction - pictures).square().mean((1, 2, 3))
+        return {"validation/mse": mse, "validation/psnr": psnr(reconstruction, pictures)}
 
     def draw() -> Image.Image:
         """Return held-out pictures over their reconstructions."""
@@ -135,7 +136,8 @@ def main(
         means = held_out_means(accelerator, held_out, run.validation_images, scores)
         return Validation(means, means["validation/psnr"], draw)
 
-    accelerator.print(describe(accelerator, models, num_steps, batch_size, accumulation, len(data)))
+    parts = models | ({"perceptual": loss.perceptual} if loss.perceptual else {})
+    accelerator.print(describe(accelerator, parts, num_steps, batch_size, accumulation, len(data)))
     with (
         opened(checkpoints, state, resume, allow_changes),
         Progress(checkpoints, state, run, num_steps, batch_size, len(data), validate) as progress,

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,18 +19,18 @@ sys.path.insert(0, str(HERE.parent / "training"))
 from tiny_runs import Squares, train_plain  # noqa: E402 - found through the line above
 
 
-def launch(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
+def launch(*arguments: str) -> subprocess.Popen:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     worker = str(HERE / "training_worker.py")
-    return subprocess.run(
+    return subprocess.Popen(
         [*command, "--main_process_port", port, worker, *arguments],
         env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
     )
 
 
@@ -48,8 +49,9 @@ def out(tmp_path_factory) -> Path:
     reads = {"whole": Squares(), "first part": Squares(stop_after=10), "third part": Squares()}
     train_alone(out / "whole", reads["whole"])
     train_alone(out / "parts", reads["first part"])
-    done = launch(str(out))
-    assert done.returncode == 0, done.stderr[-4000:]
+    launcher = launch(str(out))
+    _, messages = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, messages
     train_alone(out / "parts", reads["third part"])
     patch.undo()
     for name, data in reads.items():
@@ -129,6 +131,24 @@ def test_a_sharded_run_resumes_exactly(out):
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_other(tmp_path):
-    done = launch(str(tmp_path), "killed", timeout=120)
-    assert done.returncode != 0
+    launcher = launch(str(tmp_path), "killed")
+    launcher.communicate(timeout=120)
+    assert launcher.returncode != 0
     assert not (tmp_path / "killed-0.json").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_saves_and_ends_the_run(tmp_path):
+    launcher = launch(str(tmp_path), "long")
+    wait_for((tmp_path / "long" / "log.jsonl").exists)
+    launcher.terminate()
+    launcher.communicate(timeout=60)  # until all that write to its pipe have ended
+    step = read_log(tmp_path / "long")[-1]["step"]
+    assert (tmp_path / "long" / "checkpoints" / f"step-{step:08d}").is_dir()
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -149,6 +149,12 @@ def killed(output: Path) -> None:
     train_tokenizer(output, data=Deadly())
 
 
+def long(output: Path) -> dict:
+    """Train until stopped."""
+    train_tokenizer(output, steps=100_000, run=quick(log_every=1))
+    return {}
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
@@ -163,8 +169,9 @@ if __name__ == "__main__":
         "failed save": lambda: failed_save(out / "failed"),
         "sharded": lambda: sharded(out / "sharded"),
     }
-    if sys.argv[2:] == ["killed"]:
-        scenarios = {"killed": lambda: killed(out / "killed")}
+    alone = {"killed": lambda: killed(out / "killed"), "long": lambda: long(out / "long")}
+    if sys.argv[2:]:
+        scenarios = {name: alone[name] for name in sys.argv[2:]}
     for name, scenario in scenarios.items():
         started = time.monotonic()
         result = {**scenario(), "seconds": time.monotonic() - started}

@@ -89,6 +89,11 @@ def test_a_generator_trains_on_a_token_cache(run_folder, configs, tmp_path, capf
                        "--num_workers", 0)  # fmt: skip
     assert code == 0, err
     assert TokenCache(cache).spec.shape == (4, 4)
+    code, out, _ = run(capfd, "vistok/cli.py", "cache", *encode, "--output", cache)
+    assert (code, "already" in out) == (0, True)
+    code, _, err = run(capfd, "vistok/cli.py", "cache", *encode, "--output", cache,
+                       "--transform", "random-flip")  # fmt: skip
+    assert (code, "remove it first" in err) == (2, True)
     train = ("--config", configs / "generator.yaml", "--tokenizer", run_folder / "tokenizer")
     on_cache = (*train, "--data", "null", "--tokens", cache)
     code, _, err = run(capfd, "train/generator.py", *on_cache, "--output", tmp_path / "g")

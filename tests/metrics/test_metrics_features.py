@@ -98,7 +98,7 @@ def test_missing_and_broken_weights_are_named(tmp_path, monkeypatch):
     expected = r"6726825d\.pth \(SHA-256 6726825d\.\.\.\) is missing.*--feature_weights.*random"
     with pytest.raises(UserError, match=expected):
         load_features("inception")
-    with pytest.raises(UserError, match="no file nowhere.pth"):
+    with pytest.raises(UserError, match=r"no file nowhere.pth"):
         load_features("inception", "nowhere.pth")
     for content in (b"", b"text", pickle.dumps(Payload())):
         Path("broken.pth").write_bytes(content)
@@ -122,7 +122,7 @@ def test_a_failing_download_leaves_nothing(tmp_path, monkeypatch):
         raise URLError("no route")
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    with pytest.raises(UserError, match="no route.*fetch https://example"):
+    with pytest.raises(UserError, match=r"no route.*fetch https://example"):
         _find("inception", "w.pth", "https://example/w.pth", "abc", None)
     assert list(tmp_path.iterdir()) == []
 

@@ -94,7 +94,7 @@ def open_reference(where, size=(8, 8), with_vectors=True) -> Reference:
 
 
 def test_references_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(UserError, match="of pictures 8 x 8, .* are 16 x 16"):
+    with pytest.raises(UserError, match=r"of pictures 8 x 8, .* are 16 x 16"):
         open_reference(statistics(tmp_path / "a.npz"), size=(16, 16))
     with pytest.raises(UserError, match="made by inception of 3 features, not by means of 3"):
         open_reference(statistics(tmp_path / "b.npz", label="inception"))

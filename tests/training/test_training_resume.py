@@ -1,6 +1,8 @@
 """A run that was stopped and resumed is the run that was not, bit for bit."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,20 @@ def test_tokenizer_resumes_exactly(tmp_path, uninterrupted, stops, steps):
 
 def test_data_workers_change_nothing(tmp_path, uninterrupted):
     train_tokenizer(tmp_path, run=quick(num_workers=2))
+    assert_identical(everything(tmp_path), uninterrupted)
+
+
+def test_a_signal_to_all_processes_stops_cleanly(tmp_path, uninterrupted):
+    class SignalsAll(Squares):
+        def __getitem__(self, index):
+            if len(self.read) == 24:
+                for pid in (os.getpid(), os.getppid()):
+                    os.kill(pid, signal.SIGTERM)
+            return super().__getitem__(index)
+
+    train_tokenizer(tmp_path, data=SignalsAll(), run=quick(num_workers=1))
+    assert latest(tmp_path).name < "step-00000008"
+    train_tokenizer(tmp_path, resume=True)
     assert_identical(everything(tmp_path), uninterrupted)
 
 

@@ -74,6 +74,7 @@ def adversarial_loss() -> TokenizerLoss:
     return TokenizerLoss(
         adversarial_weight=0.1,
         adversarial_start=2,
+        adaptive=True,
         discriminator_channels=4,
         discriminator_layers=1,
     )

@@ -4,6 +4,8 @@ vistok cache --tokenizer runs/quickstart/tokenizer --data Emoji --output runs/qu
 accelerate launch --num_processes 8 -m vistok.cli cache --tokenizer ... --data ImageFolder ...
 """
 
+from pathlib import Path
+
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Subset
@@ -12,11 +14,13 @@ from tqdm import tqdm
 from vistok.data import (
     EvaluationImages,
     ImageSource,
+    TokenCache,
     TokenCacheHeader,
     TokenCacheWriter,
     Transform,
     shard_range,
 )
+from vistok.data.token_cache import HEADER
 from vistok.errors import UserError
 from vistok.tokenizers import Tokenizer
 
@@ -52,6 +56,9 @@ def main(
     header = TokenCacheHeader(
         model.fingerprint(), model.spec, crop, data.name, data.class_names, len(data), crops
     )
+    if Path(output, HEADER).exists() and TokenCache(output).header == header:
+        process.print(f"{output} holds these tokens already")
+        return
     writer = TokenCacheWriter(output, header)
     if process.is_main_process:
         writer.allocate()

@@ -8,6 +8,7 @@ of processes sees the same samples per step.
 
 import hashlib
 import logging
+import signal
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -162,10 +163,18 @@ def make_loader(
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_stopping_to_parent,
         # A loader draws a seed for its workers; from its own generator, so that torch's global
         # state, which dropout uses and resume restores, stays untouched.
         generator=torch.Generator(),
     )
+
+
+def _leave_stopping_to_parent(worker: int) -> None:
+    """Ignore the signals that a terminal or scheduler sends to all processes: training finishes its
+    step, for which it needs its workers, which end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def shard_range(n: int, rank: int, world: int) -> range:

@@ -63,8 +63,8 @@ class Checkpoints:
         accelerator: the run's processes, which must call `save` and `load` together.
         output: directory of the run.
         config: the run's options as plain nested values, written beside each checkpoint.
-        keep: newest checkpoints to keep; the one of the best score stays too, and any that holds
-            a file named `keep`.
+        keep: newest checkpoints to keep, 0 for all; the one of the best score stays too, and any
+            that holds a file named `keep`.
     """
 
     def __init__(self, accelerator: Accelerator, output: Path, config: dict[str, Any], keep: int):
@@ -112,15 +112,15 @@ class Checkpoints:
                     self._write_shared(aside, state, weights, moments)
             with together(accelerator, doing):
                 if main:
+                    self._export(unsharded(accelerator, state.ema, weights["ema"]))
                     publish_directory(aside, path)
                     self._prune()
-                    self._export(unsharded(accelerator, state.ema, weights["ema"]))
         finally:
             if main:
                 shutil.rmtree(aside, ignore_errors=True)
 
     def _write_own(self, path: Path, state: TrainingState) -> None:
-        """What each process has for itself."""
+        """Write what each process has for itself."""
         torch.save({"random": self._random_state(), "window": state.window.state_dict()}, path)
         sync(path)
 
@@ -131,6 +131,7 @@ class Checkpoints:
         weights: dict[str, dict[str, Tensor]],
         moments: dict[str, dict[Any, Any]],
     ) -> None:
+        """Write what all processes share."""
         for name, tensors in weights.items():
             # A copy each: safetensors refuses weights that are tied.
             copies = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
@@ -155,6 +156,7 @@ class Checkpoints:
             sync(file)
 
     def _export(self, model: nn.Module) -> None:
+        """Write the averaged model where `from_pretrained` looks for it."""
         aside = self.output / ".export"
         shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(aside)

@@ -131,7 +131,7 @@ class Progress:
             }
             self.accelerator.log(counted | record, step=state.step)
         stopping = self.stop.agreed()
-        if stopping or self._due(self.config.save_every):
+        if stopping or self._due(self.config.save_every) or state.step == self.num_steps:
             self.checkpoints.save(state)
         if stopping:
             logger.info(f"stopped and saved at step {state.step}: --resume true goes on from here")

@@ -40,11 +40,11 @@ class RunConfig:
         compile: compile the model's forward pass.
         deterministic: only algorithms that give the same bits each time; slower on GPUs.
         num_workers: processes per training process that load data; 0 loads between steps.
-        log_every: steps between lines of the log.
-        validate_every: steps between held-out scores and validation grids; 0 for never.
+        log_every: steps between lines of the log; 0 for none.
+        validate_every: steps between held-out scores and validation pictures; 0 for none.
         validation_images: held-out images scored, at most.
         save_every: steps between checkpoints; the last step always makes one.
-        keep: newest checkpoints to keep, besides the best.
+        keep: newest checkpoints to keep, besides the best; 0 keeps all.
         non_finite: what to do when the loss or gradient of a step is not finite: stop all
             processes, or skip the step on all.
         wandb: name of the wandb project to log to; WANDB_MODE=offline needs no account.
@@ -127,6 +127,8 @@ def opened(
         if latest:
             checkpoints.load(state, latest)
             logger.info(f"going on from {latest}")
+        elif resume:
+            logger.info(f"{output} holds no checkpoint yet: starting anew")
         with together(accelerator, "starting the trackers (WANDB_MODE=offline needs no account)"):
             accelerator.init_trackers(
                 project_name=config.get("run", {}).get("wandb") or "vistok",
