@@ -9,14 +9,14 @@ from vistok.errors import UserError
 from vistok.metrics.features import FeatureNetwork
 from vistok.metrics.pictures import Pictures, open_pictures
 from vistok.metrics.scores import frechet_distance, inception_score, kid, precision_recall
-from vistok.metrics.statistics import Statistics, npz_names
+from vistok.metrics.statistics import MAX_VECTORS, Statistics, npz_names
 
 SetMetric = Literal["fid", "is", "kid", "precision_recall"]
 
 SPLITS, SUBSETS, SUBSET_SIZE, NEIGHBOURS = 10, 100, 1000, 3
 ESTIMATORS = (
     f"IS in {SPLITS} splits, KID over {SUBSETS} subsets of at most {SUBSET_SIZE}, precision and "
-    f"recall with k = {NEIGHBOURS}"
+    f"recall with k = {NEIGHBOURS}; the last three of at most {MAX_VECTORS} images"
 )
 FEWEST_IMAGES = {"fid": 2, "is": SPLITS, "kid": 2, "precision_recall": NEIGHBOURS + 1}
 

@@ -21,6 +21,8 @@ from vistok.errors import UserError
 from vistok.files import replaced
 from vistok.metrics.features import FeatureNetwork
 
+MAX_VECTORS = 10_000  # bounds the memory and time of KID, precision and recall
+
 
 def all_reduce(tensor: Tensor) -> Tensor:
     """Sum `tensor` over all processes, in place; nothing happens where there is one."""
@@ -174,7 +176,7 @@ class Collector:
         count: int,
         pictures: str,
         size: tuple[int, int],
-        num_vectors: int = 10_000,
+        num_vectors: int = MAX_VECTORS,
     ):
         self.network, self.pictures, self.size = network, pictures, size
         self.device = next(network.parameters()).device
