@@ -20,6 +20,7 @@ install_import_hook(
         "vistok.metrics",
         "vistok.quantizers",
         "vistok.tokenizers",
+        "vistok.training",
     ],
     "beartype.beartype",
 )

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 from jsonargparse.typing import register_type
@@ -74,6 +75,8 @@ def run(main: Callable[..., None], prog: str | None = None, args: list[str] | No
     options.pop("config")
     _resolved.clear()
     _resolved.update(yaml.safe_load(parser.dump(options, skip_validation=True)))
+    if "seed" in options:
+        torch.manual_seed(options.seed)  # configured models draw their weights before `main` starts
     try:
         main(**parser.instantiate(options).as_dict())
     except (UserError, TypeError, ValueError) as error:

@@ -72,3 +72,8 @@ def faulty_folder(folder: Path) -> Path:
     Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(folder / "a" / "float.tiff")
     (folder / "a" / "loop.png").symlink_to("loop.png")
     return folder
+
+
+@pytest.fixture
+def broken_names() -> set[str]:
+    return set(BROKEN)

@@ -127,9 +127,7 @@ def test_strange_names(folder):
         assert len(source) == 7 and all(source[i].image for i in range(7))
 
 
-def test_every_broken_file_is_named(faulty_folder):
-    from conftest import BROKEN
-
+def test_every_broken_file_is_named(faulty_folder, broken_names):
     source = ImageFolder(faulty_folder)
     errors = {}
     for index in range(len(source)):
@@ -137,7 +135,7 @@ def test_every_broken_file_is_named(faulty_folder):
             source[index]
         except BrokenSampleError as error:
             errors[str(error).split(":")[0].split("/")[-1]] = str(error)
-    assert set(errors) == set(BROKEN)
+    assert set(errors) == broken_names
     assert all("\n" not in message and len(message) < 400 for message in errors.values())
     assert "not a picture of a known format" in errors["page.jpg"]
     assert "not a picture of a known format" in errors["postscript.png"]
