@@ -128,7 +128,11 @@ def test_an_argument_can_be_overridden_at_loading(saved):
     assert Tokenizer.from_pretrained(saved, image_size=16).spec.shape == (8, 8)
 
 
-def test_half_precision_weights_load_in_float32_unless_asked(saved):
-    edit_tensors(saved, lambda t: t.update({k: v.half() for k, v in t.items()}))
-    assert Tokenizer.from_pretrained(saved).dtype == torch.float32
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_small_weights_load_in_float32_unless_asked(saved, dtype):
+    edit_tensors(saved, lambda t: t.update({k: v.to(dtype) for k, v in t.items()}))
+    model = Tokenizer.from_pretrained(saved)
+    assert model.dtype == torch.float32
+    stored = load_file(saved / WEIGHTS)
+    assert all(torch.equal(v, stored[k].float()) for k, v in model.state_dict().items())
     assert Tokenizer.from_pretrained(saved, torch_dtype=torch.float16).dtype == torch.float16

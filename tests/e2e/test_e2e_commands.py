@@ -131,3 +131,29 @@ def test_info_describes_both_parts(run_folder, capfd):
     assert code == 0
     assert "ConvTokenizer" in out
     assert "raster, 16 passes" in out
+
+
+def test_export_writes_a_small_checkpoint_with_its_card(run_folder, tmp_path, capfd):
+    metrics, output = tmp_path / "metrics.json", tmp_path / "small"
+    code, _, err = run(
+        capfd, "sample/evaluate.py", "--tokenizer", run_folder / "tokenizer", "--data", "Emoji",
+        "--count", 8, "--metrics", '["psnr"]', "--output", metrics,
+    )  # fmt: skip
+    assert code == 0, err
+    code, out, _ = run(capfd, "vistok/cli.py", "scores", "--file", metrics)
+    assert code == 0
+    assert "| reconstruction | psnr" in out
+    code, _, err = run(
+        capfd, "vistok/cli.py", "export", "--checkpoint", run_folder, "--output", output,
+        "--tokenizer_dtype", "float16", "--metrics", metrics, "--note", "A note.",
+    )  # fmt: skip
+    assert code == 0, err
+    card = (output / "README.md").read_text()
+    for expected in ("A note.", "| reconstruction | psnr", "train/generator.py", "32 images"):
+        assert expected in card
+    sizes = [
+        sum(file.stat().st_size for file in (folder / "tokenizer").glob("*.safetensors"))
+        for folder in (output, run_folder)
+    ]
+    assert sizes[0] < 0.7 * sizes[1]
+    assert ImagePipeline.from_pretrained(output).generator.dtype.itemsize == 4

@@ -1,6 +1,6 @@
 """vistok export: a trained pair as one small checkpoint with its model card.
 
-vistok export --checkpoint runs/emoji --output assets/emoji --dtype float16 --metrics metrics.json
+vistok export --checkpoint runs/emoji --output assets/emoji --tokenizer_dtype float16
 """
 
 import json
@@ -10,17 +10,21 @@ from typing import Literal
 
 import torch
 import yaml
+from torch import nn
 
 from vistok.commands.scores import table
 from vistok.errors import UserError
 from vistok.metrics import read_results
 from vistok.pipelines import ImagePipeline
 
+DType = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]
+
 
 def main(
     checkpoint: str,
     output: str,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    tokenizer_dtype: DType = "float32",
+    generator_dtype: DType = "float32",
     metrics: str | None = None,
     note: str = "",
 ) -> None:
@@ -29,15 +33,19 @@ def main(
     Args:
         checkpoint: directory with the training runs tokenizer/ and generator/
         output: directory of the checkpoint
-        dtype: of the saved weights; they load in float32
+        tokenizer_dtype: of the tokenizer's saved weights; they load in float32
+        generator_dtype: of the generator's
         metrics: JSON file of results, for the card
         note: a sentence for the card
     """
-    pipeline = ImagePipeline.from_pretrained(checkpoint).to(getattr(torch, dtype))
+    pipeline = ImagePipeline.from_pretrained(checkpoint)
+    # diffusers' own `to` warns of modules to keep in float32, even where there are none.
+    nn.Module.to(pipeline.tokenizer, getattr(torch, tokenizer_dtype))
+    nn.Module.to(pipeline.generator, getattr(torch, generator_dtype))
     runs = [describe_run(Path(checkpoint, part)) for part in ("tokenizer", "generator")]
     scores = describe_scores(metrics) if metrics else ""
     pipeline.save_pretrained(output, "\n\n".join(filter(None, [note, scores, *runs])))
-    print(f"{checkpoint} in {dtype}: {output}")
+    print(f"{checkpoint}, tokenizer in {tokenizer_dtype}, generator in {generator_dtype}: {output}")
 
 
 def describe_run(run: Path) -> str:
