@@ -1,4 +1,4 @@
-"""Two processes sample what one does, each image once."""
+"""Two processes sample and encode what one does, each image once."""
 
 import os
 import socket
@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-def run(processes: int, script: str, *args: object) -> str:
+def run(processes: int, *command: object) -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -37,7 +37,7 @@ def run(processes: int, script: str, *args: object) -> str:
         launch += ["-m", "accelerate.commands.launch", "--cpu", "--main_process_port", port]
         launch += ["--num_processes", str(processes)]
     done = subprocess.run(
-        [*launch, script, *map(str, args)],
+        [*launch, *map(str, command)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -59,3 +59,16 @@ def test_samples_are_those_of_one_process(checkpoint, tmp_path):
     assert len(one) == 11
     assert [f.name for f in one] == [f.name for f in two]
     assert [f.read_bytes() for f in one] == [f.read_bytes() for f in two]
+
+
+def test_a_token_cache_is_that_of_one_process(checkpoint, tmp_path):
+    for processes in (1, 2):
+        run(
+            processes, "-m", "vistok.cli", "cache", "--tokenizer", checkpoint / "tokenizer",
+            "--data", "Emoji", "--data.split", "held-out", "--transform", "random-flip",
+            "--crops", 2, "--num_workers", 0, "--output", tmp_path / str(processes),
+        )  # fmt: skip
+    one, two = (tmp_path / "1", tmp_path / "2")
+    assert sorted(f.name for f in two.iterdir()) == ["header.json", "labels.npy", "tokens.npy"]
+    for name in ("header.json", "labels.npy", "tokens.npy"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
