@@ -49,10 +49,10 @@ def main(
     size: int | None = None,
     count: int | None = None,
     seed: int = 0,
-    guidance: Schedule = Schedule(2),
-    temperature: Schedule = Schedule(1),
-    top_k: int = 0,
-    top_p: float = 1.0,
+    guidance: Schedule | None = None,
+    temperature: Schedule | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> None:
@@ -79,7 +79,8 @@ def main(
         size: side in pixels; by default the model's, or that of the pictures as they are
         count: images to sample, 50,000 by default; or pictures to take, all by default
         seed: of samples; image i is of class i mod the number of classes
-        guidance: classifier-free guidance scale, or its schedule
+        guidance: classifier-free guidance scale, or its schedule; the checkpoint's by default,
+            as for the next three
         temperature: of the softmax; 0 takes the most likely token
         top_k: sample among the k most likely tokens; 0 among all
         top_p: sample among the most likely tokens that hold this share
@@ -95,7 +96,9 @@ def main(
     if checkpoint and not (tokenizer or data):
         pipeline = ImagePipeline.from_pretrained(checkpoint)
         pipeline = (pipeline.untrained() if untrained else pipeline).to(accelerator.device)
-        decoding = Decoding(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+        decoding = pipeline.decoding.changed(
+            guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
+        )
         subject = Samples(pipeline, count or 50_000, seed, decoding)
     elif tokenizer and data and not checkpoint:
         model = Tokenizer.from_pretrained(tokenizer).to(accelerator.device).eval()

@@ -8,6 +8,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +19,17 @@ from tqdm import tqdm
 
 from vistok.cli import resolved_config, run
 from vistok.data import shard_range
-from vistok.decoding import Decoding, Schedule
+from vistok.decoding import Schedule
 from vistok.errors import UserError
 from vistok.files import replaced
 from vistok.images import image_grid, to_pil
 from vistok.pipelines import ImagePipeline
 
-# Options that change how images are made, but not which.
-INDIFFERENT = ("batch_size", "compile", "count", "npz", "output")
+# Options that change how images are made but not which, or whose effect `decoding` holds.
+INDIFFERENT = {
+    *("batch_size", "checkpoint", "compile", "count", "npz", "output"),
+    *("guidance", "temperature", "top_k", "top_p"),
+}
 
 
 def main(
@@ -34,10 +38,10 @@ def main(
     classes: list[str] | None = None,
     count: int | None = None,
     seed: int = 0,
-    guidance: Schedule = Schedule(2),
-    temperature: Schedule = Schedule(1),
-    top_k: int = 0,
-    top_p: float = 1.0,
+    guidance: Schedule | None = None,
+    temperature: Schedule | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     batch_size: int = 64,
     npz: bool = False,
     compile: bool = False,
@@ -50,7 +54,8 @@ def main(
         classes: class names or numbers, taken in turn; all of them by default
         count: number of images; 8 of each class by default
         seed: image i depends on the seed and i alone, whatever the batch or the processes
-        guidance: classifier-free guidance scale, or its schedule
+        guidance: classifier-free guidance scale, or its schedule; the checkpoint's by default,
+            as for the next three
         temperature: of the softmax; 0 takes the most likely token
         top_k: sample among the k most likely tokens; 0 among all
         top_p: sample among the most likely tokens that hold this share
@@ -66,13 +71,15 @@ def main(
         raise UserError(f"--count {count}, --batch_size {batch_size}: both must be at least 1")
     labels = cycle[torch.arange(count) % len(cycle)]
     names = [pipeline.class_names[label] for label in labels]
-    decoding = Decoding(guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p)
+    decoding = pipeline.decoding.changed(
+        guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
+    )
     if compile:
         pipeline.compile()
 
     folder = Path(output)
     if process.is_main_process:
-        claim(folder, pipeline)
+        claim(folder, pipeline, {"decoding": decoding.to_dict()})
     process.wait_for_everyone()
     files = [folder / f"{i:06d}-seed{seed}-{slug(name)}.png" for i, name in enumerate(names)]
     todo = [
@@ -104,14 +111,14 @@ def slug(name: str) -> str:
     return re.sub(r"\W+", "-", name.lower()).strip("-")
 
 
-def claim(folder: Path, pipeline: ImagePipeline) -> None:
+def claim(folder: Path, pipeline: ImagePipeline, settings: dict[str, Any]) -> None:
     """Keep images of other weights or settings out of one folder."""
-    settings = {k: v for k, v in resolved_config().items() if k not in INDIFFERENT}
+    settings |= {k: v for k, v in resolved_config().items() if k not in INDIFFERENT}
     settings["weights"] = [pipeline.tokenizer.fingerprint(), pipeline.generator.fingerprint()]
     file = folder / "settings.json"
     if file.exists():
         before = json.loads(file.read_text())
-        changed = [k for k in settings if before.get(k) != settings[k] and k != "checkpoint"]
+        changed = [k for k in settings if before.get(k) != settings[k]]
         if changed:
             raise UserError(
                 f"{folder} holds images of other settings ({', '.join(changed)}): "

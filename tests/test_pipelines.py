@@ -3,7 +3,7 @@ import torch
 
 from vistok import ImagePipeline, LlamaGen, TokenSpec
 from vistok.decoding import Decoding, Schedule
-from vistok.errors import IncompatibleTokensError, UserError
+from vistok.errors import CheckpointError, IncompatibleTokensError, UserError
 from vistok.images import image_grid, to_pil
 from vistok.quantizers import FSQ
 from vistok.tokenizers import ConvTokenizer
@@ -54,12 +54,29 @@ def test_the_cache_is_allocated_once(pipeline):
 def test_save_and_load(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path, card="Made by a test.")
     loaded = ImagePipeline.from_pretrained(tmp_path)
+    assert loaded.decoding == pipeline.decoding
     assert loaded.class_names == tuple(CLASSES)
     card = (tmp_path / "README.md").read_text()
     assert "Made by a test." in card
     assert "4x4 ids of 16" in card
     first, second = (p(class_labels=[1], seed=4).images[0].tobytes() for p in (pipeline, loaded))
     assert first == second
+
+
+def test_a_checkpoint_says_how_it_decodes(pipeline, tmp_path):
+    own = Decoding(guidance=Schedule("linear(1,3)"), temperature=Schedule(0.5), top_k=3)
+    ImagePipeline(pipeline.tokenizer, pipeline.generator, own).save_pretrained(tmp_path)
+    loaded = ImagePipeline.from_pretrained(tmp_path)
+    assert loaded.decoding == own
+    labels = torch.tensor([0, 1])
+    by_itself = loaded.sample_tokens(labels, 0, [0, 1])
+    assert torch.equal(by_itself, pipeline.sample_tokens(labels, 0, [0, 1], own))
+    assert own.changed(top_k=None, top_p=0.5) == Decoding(
+        own.plan, own.guidance, own.temperature, 3, 0.5
+    )
+    (tmp_path / "decoding.json").write_text('{"guidanc": 2}')
+    with pytest.raises(CheckpointError, match="decoding"):
+        ImagePipeline.from_pretrained(tmp_path)
 
 
 def test_an_untrained_copy_has_fresh_weights(pipeline):

@@ -1,5 +1,6 @@
 """ImagePipeline: a tokenizer and a generator behind one diffusers-style call."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 
-from vistok.decoding import Decoding, Noise, Plan, decode
-from vistok.errors import UserError, suggestion
+from vistok.decoding import Decoding, Noise, Plan, Schedule, decode
+from vistok.errors import CheckpointError, UserError, suggestion
 from vistok.generators import Generator
 from vistok.images import to_pil
 from vistok.tokenizers import Tokenizer
 from vistok.tokens import require_same
+
+DECODING = "decoding.json"
 
 
 @dataclass(frozen=True)
@@ -32,35 +35,42 @@ class ImagePipeline:
         pipeline = ImagePipeline.from_pretrained("assets/emoji")
         pipeline(class_labels=["Food & Drink", 3], seed=0).images[0].save("food.png")
 
-    Raises `IncompatibleTokensError` where the generator was built for other tokens.
+    `decoding` says how tokens are decoded where a call does not. Raises `IncompatibleTokensError`
+    where the generator was built for other tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, generator: Generator):
+    def __init__(
+        self, tokenizer: Tokenizer, generator: Generator, decoding: Decoding | None = None
+    ):
         require_same(
             type(tokenizer).__name__, tokenizer.spec, type(generator).__name__, generator.spec
         )
         self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
+        self.decoding = decoding or Decoding(guidance=Schedule(2))
         self._states: dict[tuple[int, Plan], object] = {}
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs) -> Self:
-        """Load the sub-folders `tokenizer` and `generator` of a directory or Hub repository;
-        `kwargs` (`torch_dtype`, ...) go to both models."""
+        """Load the sub-folders `tokenizer` and `generator` of a directory or Hub repository, and
+        its `decoding.json`, if there is one; `kwargs` (`torch_dtype`, ...) go to both models."""
         if not Path(path).exists() and str(path).count("/") == 1:
             path = snapshot_download(str(path))
         return cls(
             Tokenizer.from_pretrained(path, subfolder="tokenizer", **kwargs),
             Generator.from_pretrained(path, subfolder="generator", **kwargs),
+            read_decoding(Path(path, DECODING)),
         )
 
     def untrained(self) -> Self:
         """Return a pipeline with the same tokenizer under a generator of fresh weights."""
-        return type(self)(self.tokenizer, type(self.generator).from_config(self.generator.config))
+        fresh = type(self.generator).from_config(self.generator.config)
+        return type(self)(self.tokenizer, fresh, self.decoding)
 
     def save_pretrained(self, path: str | Path, card: str = "") -> None:
         """Write both models side by side, with `card` as the text of the model card."""
         self.tokenizer.save_pretrained(Path(path, "tokenizer"))
         self.generator.save_pretrained(Path(path, "generator"))
+        Path(path, DECODING).write_text(json.dumps(self.decoding.to_dict(), indent=2) + "\n")
         Path(path, "README.md").write_text(self.model_card(card), encoding="utf-8")
 
     def model_card(self, text: str = "") -> str:
@@ -71,6 +81,7 @@ class ImagePipeline:
             "generator": f"{type(self.generator).__name__}, "
             f"{self.generator.num_parameters():,} parameters",
             "bits per image": f"{self.tokenizer.spec.bits:g}",
+            "decoding": ", ".join(f"{k} {v}" for k, v in self.decoding.to_dict().items()),
             "classes": ", ".join(self.class_names[:20])
             + (", ..." if len(self.class_names) > 20 else ""),
         }
@@ -129,7 +140,7 @@ class ImagePipeline:
         """Decode the tokens of images `indices` of the run `seed`. Each depends on the weights, its
         label, `decoding`, `seed` and its own index alone."""
         labels = self.labels(class_labels.tolist()).to(self.device)
-        decoding = decoding or Decoding()
+        decoding = decoding or self.decoding
         plan = decoding.plan or self.generator.plan()
         rows = len(labels) * (2 if any(s != 1 for s in decoding.scales(plan)) else 1)
         if (rows, plan) not in self._states:
@@ -165,3 +176,13 @@ class ImagePipeline:
         indices = range(len(class_labels)) if indices is None else indices
         images = self.sample(self.labels(class_labels), seed, indices, decoding)
         return PipelineOutput(to_pil(images))
+
+
+def read_decoding(file: Path) -> Decoding | None:
+    """Return the settings in `file`, None where there is no file."""
+    if not file.exists():
+        return None
+    try:
+        return Decoding.from_dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{file}: no settings of decoding ({error})") from error

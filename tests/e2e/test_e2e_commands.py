@@ -54,7 +54,7 @@ def test_generate_writes_goes_on_and_packs(run_folder, tmp_path, capfd):
 
     code, _, err = run(capfd, "sample/generate.py", *options, "--count", 12, "--guidance", 3)
     assert code == 2
-    assert "other settings (guidance)" in err
+    assert "other settings (decoding)" in err
 
 
 def test_generate_takes_listed_classes(run_folder, tmp_path, capfd):

@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from vistok.commands.scores import table
+from vistok.decoding import Schedule
 from vistok.errors import UserError
 from vistok.metrics import read_results
 from vistok.pipelines import ImagePipeline
@@ -25,6 +26,10 @@ def main(
     output: str,
     tokenizer_dtype: DType = "float32",
     generator_dtype: DType = "float32",
+    guidance: Schedule | None = None,
+    temperature: Schedule | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
     metrics: str | None = None,
     note: str = "",
 ) -> None:
@@ -35,6 +40,10 @@ def main(
         output: directory of the checkpoint
         tokenizer_dtype: of the tokenizer's saved weights; they load in float32
         generator_dtype: of the generator's
+        guidance: how the checkpoint decodes where it is not told otherwise
+        temperature: likewise
+        top_k: likewise
+        top_p: likewise
         metrics: JSON file of results, for the card
         note: a sentence for the card
     """
@@ -42,6 +51,9 @@ def main(
     # diffusers' own `to` warns of modules to keep in float32, even where there are none.
     nn.Module.to(pipeline.tokenizer, getattr(torch, tokenizer_dtype))
     nn.Module.to(pipeline.generator, getattr(torch, generator_dtype))
+    pipeline.decoding = pipeline.decoding.changed(
+        guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
+    )
     runs = [describe_run(Path(checkpoint, part)) for part in ("tokenizer", "generator")]
     scores = describe_scores(metrics) if metrics else ""
     pipeline.save_pretrained(output, "\n\n".join(filter(None, [note, scores, *runs])))

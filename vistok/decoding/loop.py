@@ -1,7 +1,7 @@
 """The decode loop: one for every static plan; it knows no generator class."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -46,6 +46,20 @@ class Decoding:
         # Mistakes surface here, before any work, rather than at the first token.
         self.sampling(0.0)
         self.sampling(1.0)
+
+    def changed(self, **changes: object) -> "Decoding":
+        """Return a copy with those of `changes` that are not None."""
+        return replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+    def to_dict(self) -> dict[str, str | float]:
+        """JSON form of all but the plan; `Decoding.from_dict` is its inverse."""
+        schedules = {k: str(getattr(self, k)) for k in ("guidance", "temperature", "budget")}
+        return {**schedules, "top_k": self.top_k, "top_p": self.top_p}
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, str | float]) -> "Decoding":
+        schedules = {k: Schedule(settings[k]) for k in ("guidance", "temperature", "budget")}
+        return cls(**{**settings, **schedules})
 
     def sampling(self, fraction: float) -> Sampling:
         """How tokens are drawn when `fraction` of them is decoded."""
