@@ -96,6 +96,11 @@ def main(
     if checkpoint and not (tokenizer or data):
         pipeline = ImagePipeline.from_pretrained(checkpoint)
         pipeline = (pipeline.untrained() if untrained else pipeline).to(accelerator.device)
+        if pipeline.conditioning == "text":
+            raise UserError(
+                f"{checkpoint} is text-conditional: sample it by sample/generate.py --prompts FILE "
+                "and score the folder by --data"
+            )
         decoding = pipeline.decoding.changed(
             guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
         )

@@ -1,11 +1,13 @@
 """Sample images from a checkpoint.
 
 python sample/generate.py --checkpoint assets/emoji
+python sample/generate.py --checkpoint DIR --prompts '["a red circle", "a blue square"]'
 accelerate launch --num_processes 8 sample/generate.py --checkpoint DIR --count 50000 --npz true
 """
 
 import json
 import re
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,11 @@ from vistok.files import replaced
 from vistok.images import image_grid, to_pil
 from vistok.pipelines import ImagePipeline
 
-# Options that change how images are made but not which, or whose effect `decoding` holds.
+MAX_ROWS = 100  # of the grid
+
+# Options that change how images are made but not which, or whose effect other settings hold.
 INDIFFERENT = {
-    *("batch_size", "checkpoint", "compile", "count", "npz", "output"),
+    *("batch_size", "checkpoint", "compile", "count", "npz", "output", "prompts", "text_encoder"),
     *("guidance", "temperature", "top_k", "top_p"),
 }
 
@@ -36,6 +40,8 @@ def main(
     checkpoint: str,
     output: str = "runs/samples",
     classes: list[str] | None = None,
+    prompts: list[str] | str | None = None,
+    text_encoder: str | None = None,
     count: int | None = None,
     seed: int = 0,
     guidance: Schedule | None = None,
@@ -52,7 +58,10 @@ def main(
         checkpoint: directory or Hub repository with tokenizer/ and generator/
         output: folder for the PNG files; a labelled grid of the first of them goes beside it
         classes: class names or numbers, taken in turn; all of them by default
-        count: number of images; 8 of each class by default
+        prompts: for a text-conditional checkpoint, prompts taken in turn; or a file, one a line
+        text_encoder: directory or Hub repository of the T5 that reads them; the one that the
+            checkpoint was trained with by default
+        count: number of images; 8 of each class or prompt by default
         seed: image i depends on the seed and i alone, whatever the batch or the processes
         guidance: classifier-free guidance scale, or its schedule; the checkpoint's by default,
             as for the next three
@@ -64,13 +73,18 @@ def main(
         compile: compile the generator's step and the tokenizer's decoder
     """
     process = Accelerator()
-    pipeline = ImagePipeline.from_pretrained(checkpoint).to(process.device)
-    cycle = pipeline.labels(classes or range(len(pipeline.class_names)))
-    count = 8 * len(cycle) if count is None else count
+    pipeline = ImagePipeline.from_pretrained(checkpoint, text_encoder).to(process.device)
+    if prompts is None:
+        labels = pipeline.labels(classes or range(len(pipeline.class_names)))
+        names = [pipeline.class_names[label] for label in labels]
+    elif classes is None:
+        names = read_prompts(prompts)
+        pipeline.captions(names[:1])  # an encoder that does not load is reported before all else
+    else:
+        raise UserError("give either --classes or --prompts")
+    count = 8 * len(names) if count is None else count
     if count < 1 or batch_size < 1:
         raise UserError(f"--count {count}, --batch_size {batch_size}: both must be at least 1")
-    labels = cycle[torch.arange(count) % len(cycle)]
-    names = [pipeline.class_names[label] for label in labels]
     decoding = pipeline.decoding.changed(
         guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
     )
@@ -78,10 +92,14 @@ def main(
         pipeline.compile()
 
     folder = Path(output)
+    settings = {"decoding": decoding.to_dict()}
+    if prompts is not None:
+        settings |= {"prompts": names, "text_encoder": pipeline.text_encoder}
     if process.is_main_process:
-        claim(folder, pipeline, {"decoding": decoding.to_dict()})
+        claim(folder, pipeline, settings)
     process.wait_for_everyone()
-    files = [folder / f"{i:06d}-seed{seed}-{slug(name)}.png" for i, name in enumerate(names)]
+    slugs = [slug(name) for name in names]
+    files = [folder / f"{i:06d}-seed{seed}-{slugs[i % len(names)]}.png" for i in range(count)]
     todo = [
         i
         for i in shard_range(count, process.process_index, process.num_processes)
@@ -90,7 +108,12 @@ def main(
     batches = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
     began = time.perf_counter()
     for batch in tqdm(batches, "sampling", disable=not process.is_main_process):
-        images = pipeline.sample(labels[batch], seed, batch, decoding)
+        wanted = [i % len(names) for i in batch]
+        if prompts is None:
+            condition = labels[wanted]
+        else:
+            condition = pipeline.captions([names[i] for i in wanted])
+        images = pipeline.sample(condition, seed, batch, decoding)
         for i, picture in zip(batch, to_pil(images.float()), strict=True):
             with replaced(files[i]) as file:
                 picture.save(file, "PNG")
@@ -101,14 +124,32 @@ def main(
 
     rate = f"{len(todo) / seconds:.1f} images/s a process" if todo else "all were there already"
     print(f"{count} images in {folder}: {rate}, {len(pipeline.generator.plan())} passes an image")
-    if count >= len(cycle):
-        write_grid(folder.with_name(folder.name + ".png"), files, names[: len(cycle)])
+    if count >= len(names):
+        write_grid(folder.with_name(folder.name + ".png"), files, names)
     if npz:
         write_npz(folder / "samples.npz", files)
 
 
+def read_prompts(prompts: list[str] | str) -> list[str]:
+    """Return the prompts of a list, or of a file with one a line."""
+    lines = prompts
+    if isinstance(prompts, str):
+        try:
+            lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"--prompts {prompts}: no file of prompts ({error}); a list of them is written "
+                """'["a red circle"]'"""
+            ) from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"--prompts {prompts}: holds no prompt")
+    return found
+
+
 def slug(name: str) -> str:
-    return re.sub(r"\W+", "-", name.lower()).strip("-")
+    """Return a name's letters and digits, as many as a file's name holds in any script."""
+    return re.sub(r"\W+", "-", name.lower()).strip("-")[:50]
 
 
 def claim(folder: Path, pipeline: ImagePipeline, settings: dict[str, Any]) -> None:
@@ -130,10 +171,12 @@ def claim(folder: Path, pipeline: ImagePipeline, settings: dict[str, Any]) -> No
 
 
 def write_grid(file: Path, images: list[Path], row_labels: list[str]) -> None:
-    """Write the first images as a grid, one class a row."""
-    rows = len(row_labels)
-    columns = min(len(images) // rows, 12)
-    order = [images[row + column * rows] for row in range(rows) for column in range(columns)]
+    """Write the first images as a grid, one class or prompt a row."""
+    period = len(row_labels)
+    row_labels = [textwrap.shorten(label, 40, placeholder="...") for label in row_labels[:MAX_ROWS]]
+    rows = range(len(row_labels))
+    columns = min(len(images) // period, 12)
+    order = [images[row + column * period] for row in rows for column in range(columns)]
     pixels = torch.stack([pil_to_tensor(Image.open(image)) for image in order]) / 255
     with replaced(file) as aside:
         grid = image_grid(pixels, columns, row_labels, scale=max(1, 64 // pixels.shape[-1]))

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 install_import_hook(
     [
+        "vistok.checkpoints",
         "vistok.data",
         "vistok.decoding",
         "vistok.generators",

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from vistok import ImagePipeline, TokenSpec, cli
 from vistok.data import (
-    EvaluationImages,
+    HeldOut,
     Images,
     ImageSource,
     Stream,
@@ -24,8 +25,9 @@ from vistok.data import (
     make_loader,
 )
 from vistok.errors import UserError
-from vistok.generators import Generator
+from vistok.generators import Captions, Condition, Generator
 from vistok.images import image_grid
+from vistok.text import caption_shape, remember_encoder
 from vistok.tokenizers import Tokenizer
 from vistok.training import (
     EMA,
@@ -51,7 +53,8 @@ from vistok.training import (
 
 ADAMW = OptimizerConfig()
 RUN = RunConfig()
-ROWS, COLUMNS = 8, 8  # classes, and samples of each, in a validation picture
+ROWS, COLUMNS = 8, 8  # classes or captions, and samples of each, in a validation picture
+AT_ONCE = 16  # samples decoded together: their cache lies in memory beside all that trains
 
 
 def main(
@@ -61,10 +64,11 @@ def main(
     images: int,
     data: ImageSource | None = None,
     tokens: str | None = None,
+    initial: str | None = None,
     batch_size: int = 64,
     accumulation: int = 1,
     transform: str = "random-crop-flip",
-    validation: ImageSource | None = None,
+    validation: ImageSource | str | None = None,
     optimizer: OptimizerConfig = ADAMW,
     ema_decay: float = 0.999,
     seed: int = 0,
@@ -75,6 +79,9 @@ def main(
     """Train a generator. `output` receives the averaged model, for `Generator.from_pretrained`,
     `checkpoints/`, `log.jsonl`, and `validation/` with samples, one class per row.
 
+    A text-conditional generator (`caption_dim`) trains on a token cache that holds captions. Its
+    samples stand to the right of the picture whose caption they were given.
+
     Args:
         generator: the model; its token spec and class names come from tokenizer and data.
         tokenizer: directory or Hub repository of the tokenizer, which stays as it is.
@@ -82,10 +89,11 @@ def main(
         images: length of the run in images seen.
         data: pictures to train on, encoded as they come; or else
         tokens: directory of a token cache made with this tokenizer.
+        initial: directory or Hub repository of a generator to start from; its grid may be another.
         batch_size: images per step, on all processes and in all micro-batches together.
         accumulation: micro-batches into which each process splits its share of a step.
         transform: named crop of pictures; held-out ones are centre crops.
-        validation: held-out pictures to score.
+        validation: held-out pictures to score, or a token cache of them, by resize-center-crop.
         optimizer: of the generator.
         ema_decay: decay of the moving average of the weights.
         seed: of data order, crops, dropout and initial weights.
@@ -99,23 +107,28 @@ def main(
     size = frozen.image_size[0]
     if (data is None) == (tokens is None):
         raise UserError("give either data (pictures) or tokens (a token cache) to train on")
-    crop = Transform(transform, size)
-    if tokens is not None:
-        source = TokenCache(tokens)
-        source.check(frozen.fingerprint(), crop)
-        class_names = source.class_names
-    else:
-        source = Images(data, crop)
-        class_names = data.class_names
-    if validation is not None and tuple(validation.class_names) != tuple(class_names):
-        raise UserError(
-            f"validation data {validation.name} has other classes than the training data"
-        )
-    centred = Transform("resize-center-crop", size)
-    held_out = EvaluationImages(validation, centred) if validation else None
+    source = opened_data(tokens if data is None else data, Transform(transform, size), frozen)
+    held_out = None
+    if validation is not None:
+        held_out = opened_data(validation, Transform("resize-center-crop", size), frozen)
+        if tuple(held_out.class_names) != tuple(source.class_names):
+            raise UserError(f"validation data {held_out.name} has other classes than {source.name}")
     num_steps = -(-images // batch_size)
 
-    net = generator(frozen.spec, list(class_names)).to(accelerator.device).train()
+    net = generator(frozen.spec, list(source.class_names)).to(accelerator.device).train()
+    if initial is not None:
+        start_from(net, initial)
+    captions = caption_shape(net)
+    if captions is not None:
+        for cache in (source, held_out):
+            if isinstance(cache, Images):
+                raise UserError(
+                    f"{cache.name}: a text-conditional generator trains and validates on token "
+                    "caches: make one with vistok cache --text_encoder PATH"
+                )
+            if cache is not None:
+                cache.check_captions(*captions)
+        remember_encoder(net, source.header.captions.encoder)
     ema = EMA(net, ema_decay)
     if run.compile:
         net.compile()
@@ -130,24 +143,41 @@ def main(
         # In full precision, whatever the generator's: a token cache holds the same tokens.
         return batch["tokens"] if "tokens" in batch else frozen.encode(batch["image"])
 
+    def condition_of(batch: dict[str, Tensor]) -> Condition:
+        if captions is None:
+            return batch["label"]
+        return Captions(batch["captions"].float(), batch["caption_mask"])
+
     def scores(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        loss = ema.module(tokens_of(batch), batch["label"]).loss
+        loss = ema.module(tokens_of(batch), condition_of(batch)).loss
         return {"validation/loss": loss.expand(len(batch["label"]))}
 
     def draw() -> Image.Image:
-        """Return samples of the averaged model, one class per row."""
+        """Return samples of the averaged model: a class a row, or a picture and its caption."""
+        if captions is None:
+            classes = spread(len(net.class_names), ROWS)
+            condition, originals = torch.tensor(classes), []
+            names = [net.class_names[c] for c in classes]
+        else:
+            shown = HeldOut(source if held_out is None else held_out)
+            batch = default_collate([shown[i] for i in spread(len(shown), ROWS)])
+            condition, names = condition_of(batch), [f"picture {i}" for i in batch["index"]]
+            originals = [frozen.decode(batch["tokens"].to(frozen.device))[:, None]]
         pipeline = ImagePipeline(frozen, ema.module)
-        classes = spread(len(net.class_names), ROWS)
-        labels = torch.tensor(classes).repeat_interleave(COLUMNS)
-        pictures = pipeline.sample(labels, seed=0, indices=range(len(labels)))
-        return image_grid(pictures, COLUMNS, [net.class_names[c] for c in classes])
+        row_of = torch.arange(len(names)).repeat_interleave(COLUMNS)
+        samples = [
+            pipeline.sample(condition[row_of[part]], 0, part)
+            for part in torch.arange(len(row_of)).split(AT_ONCE)
+        ]
+        rows = torch.cat([*originals, torch.cat(samples).unflatten(0, (-1, COLUMNS))], dim=1)
+        return image_grid(rows.flatten(0, 1), rows.shape[1], names)
 
     def validate() -> Validation:
         # Sampling calls parts of the model, which FSDP serves only as a whole.
         picture = None if accelerator.is_fsdp2 else draw
         if held_out is None:
             return Validation(draw=picture)
-        means = held_out_means(accelerator, held_out, run.validation_images, scores)
+        means = held_out_means(accelerator, HeldOut(held_out), run.validation_images, scores)
         return Validation(means, -means["validation/loss"], picture)
 
     accelerator.print(
@@ -179,7 +209,7 @@ def main(
             set_learning_rate(adam, lr)
             seen = []
             for batch in accumulate(accelerator, model, batches):
-                result = model(tokens_of(batch), batch["label"])
+                result = model(tokens_of(batch), condition_of(batch))
                 accelerator.backward(result.loss / accumulation)
                 seen.append({"loss": result.loss.detach(), **result.metrics})
             taken, norm = guarded_step(accelerator, model, adam, seen, optimizer.max_grad_norm)
@@ -193,6 +223,27 @@ def main(
                 )
             if progress.end_step(lr=lr):
                 break
+
+
+def opened_data(
+    data: ImageSource | str, transform: Transform, tokenizer: Tokenizer
+) -> Images | TokenCache:
+    """Return pictures under the transform, or the token cache in a directory, which must be of that
+    transform and tokenizer."""
+    if not isinstance(data, str):
+        return Images(data, transform)
+    cache = TokenCache(data)
+    cache.check(tokenizer.fingerprint(), transform)
+    return cache
+
+
+def start_from(net: Generator, path: str) -> None:
+    """Take over the weights of the generator at `path`, all of which must fit."""
+    found = Generator.from_pretrained(path).state_dict()
+    own, other = ({(k, v.shape) for k, v in state.items()} for state in (net.state_dict(), found))
+    if unfit := sorted({name for name, _ in own ^ other}):
+        raise UserError(f"--initial {path}: {len(unfit)} tensor(s) do not fit, as {unfit[0]}")
+    net.load_state_dict(found)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ import importlib
 _MODULES = {
     "vistok.tokens": ["TokenSpec"],
     "vistok.pipelines": ["ImagePipeline"],
-    "vistok.quantizers": ["FSQ", "VQ"],
-    "vistok.tokenizers": ["ConvTokenizer", "TiTok", "Tokenizer"],
+    "vistok.quantizers": ["FSQ", "StochasticVQ", "VQ"],
+    "vistok.tokenizers": ["ConvTokenizer", "LARP", "TiTok", "Tokenizer"],
     "vistok.heads": ["CategoricalHead"],
-    "vistok.generators": ["Generator", "LlamaGen"],
-    "vistok.decoding": ["Noise", "Plan", "Schedule", "decode", "raster"],
+    "vistok.generators": ["NAR", "PAR", "Captions", "Generator", "LlamaGen"],
+    "vistok.decoding": ["Noise", "Order", "Plan", "Schedule", "decode"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -7,6 +7,7 @@ the rest of its line to one of `vistok.commands`.
 
 import importlib
 import inspect
+import itertools
 import logging
 import os
 import pkgutil
@@ -22,11 +23,13 @@ from jsonargparse.typing import register_type
 
 import vistok
 from vistok import commands
+from vistok.decoding.orders import Order
 from vistok.decoding.schedules import Schedule
 from vistok.errors import UserError, suggestion
 from vistok.launch import start_all_processes
 
 register_type(Schedule, str, Schedule)
+register_type(Order, str, Order)
 
 _resolved: dict[str, Any] = {}
 
@@ -99,7 +102,17 @@ def main() -> None:
     if name not in names:
         _fail(f"vistok has no command '{name}', only {', '.join(names)}{suggestion(name, names)}")
     command = importlib.import_module(f"vistok.commands.{name}")
-    run(command.main, f"vistok {name}", sys.argv[2:])
+    run(command.main, f"vistok {name}", _named(sys.argv[2:], command.main))
+
+
+def _named(arguments: list[str], command: Callable[..., None]) -> list[str]:
+    """Give the leading bare arguments the names of the command's first parameters."""
+    bare = list(itertools.takewhile(lambda a: not a.startswith("-"), arguments))
+    names = list(inspect.signature(command).parameters)
+    if len(bare) > len(names):
+        _fail(f"unexpected argument {bare[len(names)]}; see --help")
+    pairs = zip(names, bare, strict=False)
+    return [*itertools.chain(*((f"--{k}", v) for k, v in pairs)), *arguments[len(bare) :]]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -6,16 +6,18 @@ config key and a class of another kind are errors of one line. Class names found
 looked up among vistok's own exports and never imported by path.
 """
 
+import functools
 import hashlib
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import safetensors
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
 import vistok
@@ -62,18 +64,58 @@ def _from_plain(value: Any, where: str) -> Any:
     return exported(value["_class_name"], Component, where).from_config(fields)
 
 
+def register_to_config(init: Callable) -> Callable:
+    """Decorate a constructor so that its arguments, defaults included, become the config.
+
+    Unlike diffusers' decorator of the same name it sees through `**arguments`: a subclass may pass
+    those of its parent on without repeating them.
+    """
+
+    @functools.wraps(init)
+    def recording(self, *args, **kwargs):
+        arguments = {k: v for k, v in kwargs.items() if not k.startswith("_")}
+        # A parent's constructor runs inside the child's: the child's arguments stand.
+        if not hasattr(self, "_internal_dict"):
+            signature = inspect.Signature(list(constructor_parameters(type(self)).values()))
+            bound = signature.bind(self, *args, **arguments)
+            bound.apply_defaults()
+            private = {k: v for k, v in kwargs.items() if k.startswith("_")}
+            named = {k: v for k, v in bound.arguments.items() if k != "self"}
+            self.register_to_config(**private, **named)
+        init(self, *args, **arguments)
+
+    return recording
+
+
+def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """Return what a constructor takes; where it ends in `**arguments`, its parent's, too, but for
+    those that the class settles itself."""
+    found = dict(inspect.signature(cls.__init__).parameters)
+    rest = [name for name, p in found.items() if p.kind is p.VAR_KEYWORD]
+    if rest:
+        del found[rest[0]]
+        parent = next(base for base in cls.__mro__[1:] if base.__init__ is not cls.__init__)
+        inherited = constructor_parameters(parent)
+        found |= {
+            name: p.replace(kind=p.KEYWORD_ONLY)
+            for name, p in inherited.items()
+            if name not in found and name not in cls.settled
+        }
+    return found
+
+
 class _Configured(ConfigMixin):
     """Records constructor arguments as JSON and rebuilds from them, refusing unknown ones."""
 
     config_name = "config.json"
+    settled: tuple[str, ...] = ()  # arguments of the parent that a subclass does not offer
 
     def register_to_config(self, **arguments):
-        if hasattr(self, "_internal_dict"):
-            # A parent's constructor runs inside the child's: the child's arguments stand.
-            arguments = {k: v for k, v in arguments.items() if k.startswith("_")}
-        # diffusers counts positional arguments as defaults and would forget them in `from_config`.
-        arguments.pop("_use_default_values", None)
         super().register_to_config(**{k: _to_plain(v) for k, v in arguments.items()})
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        return set(constructor_parameters(input_class))
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -88,7 +130,7 @@ class _Configured(ConfigMixin):
                 f"{where}: written in format {config['_format']}, this vistok reads up to "
                 f"{FORMAT}: upgrade vistok"
             )
-        known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        known = cls._get_init_keys(cls) - {"self"}
         for key in (k for k in config if not k.startswith("_")):
             if key not in known:
                 raise CheckpointError(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from huggingface_hub import snapshot_download
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vistok.decoding import Decoding, Noise, Plan, Schedule, decode
 from vistok.errors import CheckpointError, UserError, suggestion
-from vistok.generators import Generator
+from vistok.generators import Captions, Condition, Generator
 from vistok.images import to_pil
+from vistok.text import TextEncoder, caption_shape, remember_encoder, remembered_encoder
 from vistok.tokenizers import Tokenizer
 from vistok.tokens import require_same
 
@@ -24,23 +25,32 @@ DECODING = "decoding.json"
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """`images`, one PIL image per label."""
+    """`images`, one PIL image per class or prompt."""
 
     images: list[Image.Image]
 
 
 class ImagePipeline:
-    """Class labels to images.
+    """Class labels, or captions, to images.
 
         pipeline = ImagePipeline.from_pretrained("assets/emoji")
         pipeline(class_labels=["Food & Drink", 3], seed=0).images[0].save("food.png")
 
-    `decoding` says how tokens are decoded where a call does not. Raises `IncompatibleTokensError`
-    where the generator was built for other tokens.
+        pipeline = ImagePipeline.from_pretrained(PATH, text_encoder="google/flan-t5-xl")
+        pipeline(prompts=["a red circle"], seed=0).images[0].save("circle.png")
+
+    `decoding` says how tokens are decoded where a call does not. `text_encoder` is the directory or
+    Hub repository of what reads the prompts of a text-conditional generator, by default the one it
+    was trained with; it is loaded for the first prompt. Raises `IncompatibleTokensError` where the
+    generator was built for other tokens.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, generator: Generator, decoding: Decoding | None = None
+        self,
+        tokenizer: Tokenizer,
+        generator: Generator,
+        decoding: Decoding | None = None,
+        text_encoder: str | None = None,
     ):
         require_same(
             type(tokenizer).__name__, tokenizer.spec, type(generator).__name__, generator.spec
@@ -48,9 +58,13 @@ class ImagePipeline:
         self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
         self.decoding = decoding or Decoding(guidance=Schedule(2))
         self._states: dict[tuple[int, Plan], object] = {}
+        self._encoder: TextEncoder | None = None
+        if text_encoder is not None:
+            self.require("text", f"text encoder {text_encoder}")
+            remember_encoder(generator, text_encoder)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **kwargs) -> Self:
+    def from_pretrained(cls, path: str | Path, text_encoder: str | None = None, **kwargs) -> Self:
         """Load the sub-folders `tokenizer` and `generator` of a directory or Hub repository, and
         its `decoding.json`, if there is one; `kwargs` (`torch_dtype`, ...) go to both models."""
         if not Path(path).exists() and str(path).count("/") == 1:
@@ -59,12 +73,13 @@ class ImagePipeline:
             Tokenizer.from_pretrained(path, subfolder="tokenizer", **kwargs),
             Generator.from_pretrained(path, subfolder="generator", **kwargs),
             read_decoding(Path(path, DECODING)),
+            text_encoder,
         )
 
     def untrained(self) -> Self:
         """Return a pipeline with the same tokenizer under a generator of fresh weights."""
         fresh = type(self.generator).from_config(self.generator.config)
-        return type(self)(self.tokenizer, fresh, self.decoding)
+        return type(self)(self.tokenizer, fresh, self.decoding, self.text_encoder)
 
     def save_pretrained(self, path: str | Path, card: str = "") -> None:
         """Write both models side by side, with `card` as the text of the model card."""
@@ -82,21 +97,36 @@ class ImagePipeline:
             f"{self.generator.num_parameters():,} parameters",
             "bits per image": f"{self.tokenizer.spec.bits:g}",
             "decoding": ", ".join(f"{k} {v}" for k, v in self.decoding.to_dict().items()),
-            "classes": ", ".join(self.class_names[:20])
-            + (", ..." if len(self.class_names) > 20 else ""),
         }
+        if self.conditioning == "text":
+            facts["text encoder"] = self.text_encoder or "not known"
+            tag, call = "text-to-image", 'prompts=["a red circle"]'
+        else:
+            facts["classes"] = ", ".join(self.class_names[:20])
+            facts["classes"] += ", ..." if len(self.class_names) > 20 else ""
+            tag, call = "unconditional-image-generation", "class_labels=[0]"
         rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
         return (
-            "---\nlibrary_name: vistok\npipeline_tag: unconditional-image-generation\n---\n\n"
+            f"---\nlibrary_name: vistok\npipeline_tag: {tag}\n---\n\n"
             f"| part | |\n|---|---|\n{rows}\n\n"
             "```python\nfrom vistok import ImagePipeline\n\n"
             'pipeline = ImagePipeline.from_pretrained("PATH")\n'
-            f"images = pipeline(class_labels=[0], seed=0).images\n```\n\n{text}\n"
+            f"images = pipeline({call}, seed=0).images\n```\n\n{text}\n"
         )
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.generator.class_names
+
+    @property
+    def conditioning(self) -> Literal["class", "text"]:
+        """What images are conditioned on."""
+        return "class" if caption_shape(self.generator) is None else "text"
+
+    @property
+    def text_encoder(self) -> str | None:
+        """Name of the text encoder, which the generator remembers."""
+        return remembered_encoder(self.generator)
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +137,7 @@ class ImagePipeline:
         self.tokenizer.to(*args, **kwargs)
         self.generator.to(*args, **kwargs)
         self._states.clear()
+        self._encoder = None
         return self
 
     def compile(self, **options) -> Self:
@@ -117,6 +148,7 @@ class ImagePipeline:
 
     def labels(self, classes: Sequence[int | str]) -> Int64[Tensor, "b"]:
         """Return the labels of classes given by number or by name."""
+        self.require("class", "class labels")
         return torch.tensor([self._label(c) for c in classes])
 
     def _label(self, wanted: int | str) -> int:
@@ -130,52 +162,91 @@ class ImagePipeline:
             f"{', '.join(names[:12])}{suggestion(str(wanted), names)}"
         )
 
+    def captions(self, prompts: str | Sequence[str]) -> Captions:
+        """Return the features of prompts, which the text encoder reads."""
+        self.require("text", "prompts")
+        if self.text_encoder is None:
+            raise UserError(
+                "the checkpoint names no text encoder: give the one it was trained with "
+                "(text_encoder, as google/flan-t5-xl)"
+            )
+        if self._encoder is None:
+            length, dim = caption_shape(self.generator)
+            encoder = TextEncoder(self.text_encoder, length, self.device)
+            if encoder.dim != dim:
+                raise UserError(
+                    f"text encoder {self.text_encoder}: makes {encoder.dim} channels, the "
+                    f"generator takes {dim}"
+                )
+            self._encoder = encoder
+        return self._encoder.encode([prompts] if isinstance(prompts, str) else prompts)
+
+    def require(self, conditioning: Literal["class", "text"], given: str) -> None:
+        """Raise `UserError` unless that is what the generator is conditioned on."""
+        if self.conditioning != conditioning:
+            takes = {"class": "class labels", "text": "prompts"}[self.conditioning]
+            raise UserError(
+                f"this model is {self.conditioning}-conditional: it takes {takes}, not {given}"
+            )
+
     def sample_tokens(
         self,
-        class_labels: Int64[Tensor, "b"],
+        condition: Condition,
         seed: int,
         indices: Sequence[int] | Tensor,
         decoding: Decoding | None = None,
     ) -> Tensor:
-        """Decode the tokens of images `indices` of the run `seed`. Each depends on the weights, its
-        label, `decoding`, `seed` and its own index alone."""
-        labels = self.labels(class_labels.tolist()).to(self.device)
+        """Decode the tokens of images `indices` of the run `seed`, conditioned on labels or on
+        captions. Each depends on the weights, its label or caption, `decoding`, `seed` and its own
+        index alone."""
+        self.generator.condition.check(condition)
+        if self.conditioning == "class":
+            self.labels(condition.tolist())
+        condition = condition.to(self.device)
         decoding = decoding or self.decoding
-        plan = decoding.plan or self.generator.plan()
-        rows = len(labels) * (2 if any(s != 1 for s in decoding.scales(plan)) else 1)
+        plan = self.generator.plan(decoding.plan)
+        rows = len(condition) * (2 if any(s != 1 for s in decoding.scales(plan)) else 1)
         if (rows, plan) not in self._states:
             self._states = {(rows, plan): self.generator.new_state(rows, plan)}
         return decode(
-            self.generator, labels, Noise(seed, indices), decoding, state=self._states[rows, plan]
+            self.generator, condition, Noise(seed, indices), decoding, self._states[rows, plan]
         )
 
     @torch.inference_mode()
     def sample(
         self,
-        class_labels: Int64[Tensor, "b"],
+        condition: Condition,
         seed: int,
         indices: Sequence[int] | Tensor,
         decoding: Decoding | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
         """As `sample_tokens`, decoded to images in [0, 1]. Raises `UserError` for images that are
         not finite, rather than returning them black."""
-        images = self.tokenizer.decode(self.sample_tokens(class_labels, seed, indices, decoding))
+        images = self.tokenizer.decode(self.sample_tokens(condition, seed, indices, decoding))
         if not torch.isfinite(images).all():
             raise UserError(f"images {list(map(int, indices))} of seed {seed} are not finite")
         return images
 
     def __call__(
         self,
-        class_labels: Sequence[int | str],
+        class_labels: Sequence[int | str] | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         decoding: Decoding | None = None,
+        *,
+        prompts: str | Sequence[str] | Captions | None = None,
     ) -> PipelineOutput:
-        """Return one PIL image per class, given by name or number; image i is number `indices[i]`
-        (by default i) of the run `seed`."""
-        indices = range(len(class_labels)) if indices is None else indices
-        images = self.sample(self.labels(class_labels), seed, indices, decoding)
-        return PipelineOutput(to_pil(images))
+        """Return one PIL image per class, given by name or number, or per prompt, given as text or
+        as the features of its caption; image i is number `indices[i]` (by default i) of the run
+        `seed`."""
+        if (class_labels is None) == (prompts is None):
+            raise UserError("give either class_labels or prompts")
+        if prompts is None:
+            condition = self.labels(class_labels)
+        else:
+            condition = prompts if isinstance(prompts, Captions) else self.captions(prompts)
+        indices = range(len(condition)) if indices is None else indices
+        return PipelineOutput(to_pil(self.sample(condition, seed, indices, decoding)))
 
 
 def read_decoding(file: Path) -> Decoding | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from vistok.errors import IncompatibleTokensError, UserError
 
 Kind = Literal["ids", "factorised", "latents"]
+Shape = tuple[int, ...] | tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class TokenSpec:
     """
 
     kind: Kind
-    shape: tuple[int, ...] | tuple[tuple[int, int], ...]
+    shape: Shape
     vocab_size: int | None = None
     levels: tuple[int, ...] | None = None
     dim: int | None = None

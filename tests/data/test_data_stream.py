@@ -5,6 +5,7 @@ import torch
 
 from vistok.data import (
     EvaluationImages,
+    ImageCrops,
     ImageFolder,
     Images,
     PositionSampler,
@@ -181,11 +182,40 @@ def _is_readable(source: ImageFolder, index: int) -> bool:
     return True
 
 
-def test_evaluation_crops_are_fixed_and_in_order(folder):
-    source = ImageFolder(folder)
-    images = EvaluationImages(source, Transform("random-crop-flip", 8), crops=3, seed=0)
+def test_random_crops_are_fixed_and_in_order(folder):
+    source, transform = ImageFolder(folder), Transform("random-crop-flip", 8)
+    images = ImageCrops(source, transform, crops=3, seed=0)
     first, again = list(images), list(images)
-    assert len(images) == len(first) == 15
-    assert [item["index"] for item in first] == [i // 3 for i in range(15)]
+    assert len(images) == len(first) == 5
+    assert [item["index"] for item in first] == list(range(5))
+    assert [item["label"] for item in first] == source.labels().tolist()
+    assert first[0]["image"].shape == (3, 3, 8, 8)
     assert all(torch.equal(a["image"], b["image"]) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0]["image"], first[1]["image"])
+    assert not torch.equal(first[0]["image"][0], first[0]["image"][1])
+    single = zip(ImageCrops(source, transform), EvaluationImages(source, transform), strict=True)
+    assert all(torch.equal(a["image"][0], b["image"]) for a, b in single)
+
+
+@pytest.mark.parametrize(("name", "count"), [("adm-center-crop", 1), ("ten-crop", 10)])
+def test_counted_crops_are_all_there(folder, name, count):
+    source, transform = ImageFolder(folder), Transform(name, 8)
+    images = ImageCrops(source, transform)
+    assert images.crops == count
+    for index, item in enumerate(images):
+        assert torch.equal(item["image"], transform.all_crops(source[index].image))
+    with pytest.raises(UserError, match=f"3 crops of '{name}': it makes {count}"):
+        ImageCrops(source, transform, crops=3)
+    with pytest.raises(UserError, match="0 crops of 'random-flip': it makes 1 or more"):
+        ImageCrops(source, Transform("random-flip", 8), crops=0)
+
+
+def test_every_crop_is_seen_in_training(folder):
+    transform = Transform("ten-crop", 24)
+    stream = Stream(Images(ImageFolder(folder), transform), seed=0)
+    every = transform.all_crops(stream.data.source[2].image)
+    seen = [
+        next(k for k in range(10) if torch.equal(every[k], stream[p]["image"]))
+        for p in range(300)
+        if stream.index_at(p) == 2
+    ]
+    assert len(set(seen)) == 10

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from vistok import VQ, ConvTokenizer
+from vistok.commands import cache
 from vistok.data import (
+    ImageFolder,
     Stream,
     TokenCache,
     TokenCacheHeader,
@@ -81,6 +84,22 @@ def test_what_is_written_is_read(tmp_path, spec, dtype):
         seen.add(next(c for c in range(2) if torch.equal(item["tokens"], tokens[4, c])))
         spec.check(item["tokens"][None], "test")
     assert seen == {0, 1}
+
+
+def test_the_command_writes_every_counted_crop(folder, tmp_path):
+    tokenizer = ConvTokenizer(
+        VQ(64, 4), 16, channels=8, channel_multipliers=[1, 1], num_res_blocks=1, z_channels=8
+    ).eval()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    data, crop = ImageFolder(folder), Transform("ten-crop", 16)
+    options = {"transform": "ten-crop", "batch_size": 20, "num_workers": 0}
+    cache.main(str(tmp_path / "tokenizer"), data, str(tmp_path / "cache"), **options)
+    written = TokenCache(tmp_path / "cache")
+    written.check(tokenizer.fingerprint(), crop)
+    assert written.header.crops == 10 and written.labels().equal(data.labels())
+    stored = np.load(tmp_path / "cache" / "tokens.npy").astype(np.int64)
+    for index, ids in enumerate(torch.from_numpy(stored)):
+        assert torch.equal(ids, tokenizer.encode(crop.all_crops(data[index].image)))
 
 
 def test_highest_id_survives(tmp_path):

@@ -5,7 +5,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from vistok.data import Transform, to_uint8
-from vistok.data.transforms import adm_resize, random_crop
+from vistok.data.transforms import adm_center_crop, adm_resize, random_crop
 from vistok.errors import UserError
 
 
@@ -63,7 +63,7 @@ def test_random_flip_mirrors_half():
     assert 160 < sum(mirrored) < 240
 
 
-@pytest.mark.parametrize("name", ["random-crop-flip", "random-flip"])
+@pytest.mark.parametrize("name", ["random-crop-flip", "random-flip", "ten-crop"])
 def test_randomness_comes_from_the_generator_alone(name):
     image, transform = noise_image(50, 70), Transform(name, 16)
     first = [transform(image, generator(seed)) for seed in range(8)]
@@ -85,6 +85,33 @@ def test_center_crops_need_no_generator(name):
     crop = transform(noise_image(50, 70))
     assert crop.shape == (3, 16, 16) and crop.dtype == torch.float32 and crop.is_contiguous()
     assert crop.min() >= 0 and crop.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "enlarged"),
+    # The centre lies 1.5, 2, 0.5 and 12.5 pixels from the edge.
+    [("ten-crop", 32, 35), ("ten-crop", 40, 44), ("ten-crop-105", 32, 33), ("ten-crop", 256, 281)],
+)
+def test_ten_crop_is_torchvisions(name, size, enlarged):
+    image = noise_image(size + 60, size + 45)
+    reference = v2.TenCrop(size)(adm_center_crop(image, enlarged))
+    transform = Transform(name, size)
+    crops = to_uint8(transform.all_crops(image))
+    assert transform.count == len(reference) == len(crops) == 10
+    for crop, expected in zip(crops, reference, strict=True):
+        assert torch.equal(crop, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+    assert torch.equal(crops[5:9], crops[[1, 0, 3, 2]].flip(-1))
+
+
+def test_one_of_the_counted_crops_is_drawn():
+    image, stream = noise_image(50, 70), generator()
+    transform = Transform("adm-center-crop-flips", 16)
+    straight, mirrored = transform.all_crops(image)
+    assert torch.equal(straight, Transform("adm-center-crop", 16)(image))
+    assert torch.equal(mirrored, straight.flip(-1))
+    drawn = [torch.equal(transform(image, stream), straight) for _ in range(400)]
+    assert 160 < sum(drawn) < 240
+    assert Transform("adm-center-crop", 16).all_crops(image).equal(straight[None])
 
 
 def test_alpha_stays_a_channel():

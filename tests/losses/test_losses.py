@@ -3,7 +3,13 @@ import torch
 from torchvision.models import vgg16
 
 from vistok.errors import UserError
-from vistok.losses import LPIPS, PatchDiscriminator, ReconstructionLoss, TokenizerLoss
+from vistok.losses import (
+    LPIPS,
+    PatchDiscriminator,
+    ReconstructionLoss,
+    StyleGANDiscriminator,
+    TokenizerLoss,
+)
 from vistok.losses import adversarial as gan
 
 
@@ -70,6 +76,39 @@ def test_patch_discriminator_is_the_published_one():
     assert discriminator(torch.rand(1, 3, 256, 256)).shape == (1, 1, 30, 30)
 
 
+def test_stylegan_discriminator_is_the_published_one():
+    discriminator = StyleGANDiscriminator()
+    assert sum(p.numel() for p in discriminator.parameters()) == 36_500_225
+    assert discriminator(torch.rand(2, 3, 256, 256)).shape == (2, 1)
+
+
+def test_stylegan_widths_halve_beyond_32_pixels():
+    with torch.device("meta"):
+        blocks = StyleGANDiscriminator(1024).blocks
+    assert blocks[0].out_channels == 16
+    widths = [block.conv_res.out_channels for block in blocks[2:]]
+    assert widths == [32, 64, 128, 256, 512, 512, 512, 512]
+
+
+def test_stylegan_sides_are_powers_of_two():
+    assert StyleGANDiscriminator(4, max_channels=2)(torch.rand(1, 3, 4, 4)).shape == (1, 1)
+    for side in (2, 48):
+        with pytest.raises(UserError, match=f"image_size {side} must be a power of two"):
+            StyleGANDiscriminator(side)
+
+
+def test_blur_keeps_constants_and_spreads_points():
+    blur = gan.Blur()
+    flat = torch.full((1, 2, 4, 4), 3.0)
+    assert torch.equal(blur(flat), flat)
+    point = torch.zeros(1, 1, 5, 5)
+    point[..., 2, 2] = 16
+    expected = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]])
+    assert torch.equal(blur(point)[0, 0, 1:4, 1:4], expected)
+    ramp = torch.arange(5.0).expand(1, 1, 5, 5)
+    assert torch.equal(blur(ramp)[0, 0, 0], torch.tensor([0.5, 1, 2, 3, 3.5])), "mirrored border"
+
+
 @pytest.mark.parametrize("kind", ["hinge", "vanilla"])
 def test_discriminator_loss_prefers_the_truth(kind):
     high, low = torch.full((4, 1, 2, 2), 3.0), torch.full((4, 1, 2, 2), -3.0)
@@ -79,6 +118,30 @@ def test_discriminator_loss_prefers_the_truth(kind):
     assert gan.generator_loss(high) < gan.generator_loss(low)
 
 
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_forms_are_their_formulas(sign):
+    x = sign * torch.rand(3, 1, 2, 2) * 3
+    y = torch.randn(3, 1, 2, 2)
+    hinge = 0.5 * ((1 - x).clamp(min=0).mean() + (1 + y).clamp(min=0).mean())
+    torch.testing.assert_close(gan.discriminator_loss(x, y, "hinge"), hinge)
+    vanilla = -0.5 * (x.sigmoid().log().mean() + (1 - y.sigmoid()).log().mean())
+    torch.testing.assert_close(gan.discriminator_loss(x, y, "vanilla"), vanilla)
+
+
+def test_exchanged_cross_entropy_is_linear_in_the_real_logits_alone():
+    real = torch.randn(2, 1, 3, 3, requires_grad=True)
+    fake = torch.randn(2, 1, 3, 3, requires_grad=True)
+    loss = gan.discriminator_loss(real, fake, "non-saturating")
+    above, log2 = torch.tensor(1.0).exp().add(1).log(), torch.tensor(2.0).log()
+    torch.testing.assert_close(loss, 0.5 * (above - real.mean() + log2))
+    slopes = torch.autograd.grad(loss, (real, fake))
+    torch.testing.assert_close(slopes[0], torch.full_like(real, -0.5 / 18))
+    assert not slopes[1].any(), "fakes teach nothing"
+    forms = [gan.generator_loss(fake, form) for form in ("hinge", "non-saturating")]
+    torch.testing.assert_close(forms[1] - forms[0], above)
+    torch.testing.assert_close(*(torch.autograd.grad(form, fake)[0] for form in forms))
+
+
 def test_adaptive_weight_balances_gradients():
     layer = torch.nn.Parameter(torch.tensor([2.0, 1.0]))
     weight = gan.adaptive_weight((3 * layer).sum(), (12 * layer).sum(), layer)
@@ -86,9 +149,8 @@ def test_adaptive_weight_balances_gradients():
 
 
 def adversarial_loss(**kwargs):
-    return TokenizerLoss(
-        adversarial_weight=0.5, adversarial_start=10, discriminator_channels=4, **kwargs
-    )
+    settings = {"adversarial_weight": 0.5, "adversarial_start": 10}
+    return TokenizerLoss(**settings, **{"discriminator": PatchDiscriminator(4)} | kwargs)
 
 
 def test_total_is_the_sum_of_its_terms(vgg_file, images):
@@ -125,6 +187,36 @@ def test_adversary_waits_for_its_start(images):
     assert loss.discriminator_loss(x, y, 10)[0] > 0
 
 
+@pytest.mark.parametrize(
+    ("discriminator", "message"),
+    [
+        (StyleGANDiscriminator(64, max_channels=2), "its image_size is 64"),
+        (PatchDiscriminator(2, num_layers=4), "sides of at least 48 pixels"),
+    ],
+)
+def test_images_that_cannot_be_judged_are_refused_at_once(images, discriminator, message):
+    loss = adversarial_loss(discriminator=discriminator)
+    with pytest.raises(UserError, match=message):
+        loss.generator_loss(*images, {}, 0, torch.nn.Parameter(torch.ones(())))
+
+
+def test_losses_take_their_forms(images):
+    x, y = images
+    loss = adversarial_loss(
+        discriminator=StyleGANDiscriminator(32, max_channels=4),
+        discriminator_weight=0.25,
+        generator_form="non-saturating",
+        discriminator_form="vanilla",
+    )
+    real, fake = loss.discriminator(x), loss.discriminator(y)
+    terms = loss.generator_loss(x, y, {}, 10, torch.nn.Parameter(torch.ones(())))[1]
+    expected = 0.5 * gan.generator_loss(fake, "non-saturating")
+    torch.testing.assert_close(terms["adversarial"], expected.detach())
+    total = loss.discriminator_loss(x, y, 10)[0]
+    torch.testing.assert_close(total, 0.25 * gan.discriminator_loss(real, fake, "vanilla"))
+
+
 def test_without_adversary_there_is_no_discriminator():
     assert TokenizerLoss().discriminator is None
     assert not TokenizerLoss().is_adversarial(10**9)
+    assert TokenizerLoss(discriminator=PatchDiscriminator(2)).discriminator is None

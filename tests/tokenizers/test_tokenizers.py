@@ -4,7 +4,7 @@ import torch
 from vistok import tokenizers
 from vistok.errors import CheckpointError, UserError
 from vistok.quantizers import FSQ, VQ
-from vistok.tokenizers import ConvTokenizer, QuantizedTokenizer, TiTok, Tokenizer
+from vistok.tokenizers import LARP, ConvTokenizer, QuantizedTokenizer, TiTok, Tokenizer
 
 VIT = {
     "encoder_width": 24,
@@ -23,6 +23,7 @@ TOKENIZERS = {
     ),
     "titok": lambda q: TiTok(q, 16, 4, num_latent_tokens=5, decoder_patch_size=8, **VIT),
     "titok-stem": lambda q: TiTok(q, 16, 4, num_latent_tokens=5, stem_channels=8, **VIT),
+    "larp": lambda q: LARP(q, 4, (16, 24), (2, 4, 8), (1, 8, 8), token_shape=(2, 3, 2), **VIT),
 }
 QUANTIZERS = {
     "fsq": lambda: FSQ([8, 5, 4]),
@@ -39,7 +40,7 @@ def tokenizer(request):
 
 @pytest.fixture
 def images(tokenizer):
-    return torch.rand(3, 3, *tokenizer.image_size)
+    return torch.rand(3, *tokenizer.input_shape)
 
 
 def test_every_exported_tokenizer_is_tried():
@@ -99,9 +100,9 @@ def test_bfloat16(tokenizer, images):
 
 
 def test_refuses_images_and_tokens_of_another_shape(tokenizer):
-    height, width = tokenizer.image_size
-    with pytest.raises(UserError, match=f"expected \\(B, 3, {height}, {width}\\)"):
-        tokenizer.encode(torch.rand(1, 3, height + 1, width))
+    *size, width = tokenizer.input_shape
+    with pytest.raises(UserError, match=f"expected \\(B, {', '.join(map(str, size))}, {width}\\)"):
+        tokenizer.encode(torch.rand(1, *size, width + 1))
     with pytest.raises(UserError, match="expected"):
         tokenizer.decode(torch.zeros(1, 2, dtype=torch.int64))
 

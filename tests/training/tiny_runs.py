@@ -10,7 +10,7 @@ from PIL import Image
 
 from vistok import VQ, ConvTokenizer, LlamaGen
 from vistok.data import ImageSource, Sample
-from vistok.losses import TokenizerLoss
+from vistok.losses import PatchDiscriminator, TokenizerLoss
 from vistok.training import OptimizerConfig, RunConfig
 
 ROOT = Path(__file__).parents[2]
@@ -75,8 +75,7 @@ def adversarial_loss() -> TokenizerLoss:
         adversarial_weight=0.1,
         adversarial_start=2,
         adaptive=True,
-        discriminator_channels=4,
-        discriminator_layers=1,
+        discriminator=PatchDiscriminator(4, 1),
     )
 
 

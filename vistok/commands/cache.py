@@ -1,7 +1,8 @@
 """vistok cache: encode a data set once, so that generators train on its tokens.
 
 vistok cache --tokenizer runs/quickstart/tokenizer --data Emoji --output runs/quickstart/tokens
-accelerate launch --num_processes 8 -m vistok.cli cache --tokenizer ... --data ImageFolder ...
+accelerate launch --num_processes 8 -m vistok.cli cache --transform ten-crop --data ImageFolder ...
+vistok cache --text_encoder google/flan-t5-xl --data TarShards --data.pattern "train-*.tar" ...
 """
 
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from vistok.data import (
-    EvaluationImages,
+    CaptionSpec,
+    ImageCrops,
     ImageSource,
     TokenCache,
     TokenCacheHeader,
@@ -21,7 +23,7 @@ from vistok.data import (
     shard_range,
 )
 from vistok.data.token_cache import HEADER
-from vistok.errors import UserError
+from vistok.text import TextEncoder
 from vistok.tokenizers import Tokenizer
 
 
@@ -31,7 +33,9 @@ def main(
     data: ImageSource,
     output: str,
     transform: str = "resize-center-crop",
-    crops: int = 1,
+    crops: int | None = None,
+    text_encoder: str | None = None,
+    caption_length: int = 120,
     batch_size: int = 64,
     num_workers: int = 2,
     seed: int = 0,
@@ -43,18 +47,29 @@ def main(
         data: pictures to encode
         output: directory of the cache
         transform: how a picture becomes the tokenizer's size; training must name the same
-        crops: draws of a random transform per picture; training takes one of them at each sight
-        batch_size: pictures encoded at once on each process
+        crops: versions of each picture, of which training takes one at each sight; by default all
+            that the transform counts (`ten-crop`: 10), or one draw of a random one
+        text_encoder: directory or Hub repository of a T5 that encodes the captions, too, for
+            text-conditional generators
+        caption_length: tokens to which captions are padded or cut
+        batch_size: crops encoded at once on each process; those of one picture stay together
         num_workers: processes that load pictures, for each process
         seed: of the random transform
     """
     process = Accelerator()
     model = Tokenizer.from_pretrained(tokenizer).to(process.device).eval()
     crop = Transform(transform, model.image_size[0])
-    if crops < 1 or (crops > 1 and not crop.is_random):
-        raise UserError(f"--crops {crops}: '{transform}' always gives the same crop; use 1")
+    images = ImageCrops(data, crop, crops, seed)
+    text = TextEncoder(text_encoder, caption_length, process.device) if text_encoder else None
     header = TokenCacheHeader(
-        model.fingerprint(), model.spec, crop, data.name, data.class_names, len(data), crops
+        model.fingerprint(),
+        model.spec,
+        crop,
+        data.name,
+        data.class_names,
+        len(data),
+        images.crops,
+        captions=CaptionSpec(text_encoder, caption_length, text.dim) if text else None,
     )
     if Path(output, HEADER).exists() and TokenCache(output).header == header:
         process.print(f"{output} holds these tokens already")
@@ -65,17 +80,21 @@ def main(
     process.wait_for_everyone()
 
     mine = shard_range(len(data), process.process_index, process.num_processes)
-    images = Subset(
-        EvaluationImages(data, crop, crops, seed), range(mine.start * crops, mine.stop * crops)
-    )
-    loader = DataLoader(images, batch_size * crops, num_workers=num_workers)
+    pictures = max(1, batch_size // images.crops)
+    loader = DataLoader(Subset(images, mine), pictures, num_workers=num_workers)
     start = mine.start
     for batch in tqdm(loader, "encoding", disable=not process.is_main_process):
-        tokens = model.encode(batch["image"].to(process.device)).cpu()
-        labels = batch["label"][::crops]
-        writer.write(start, tokens.unflatten(0, (len(labels), crops)), labels)
+        tokens = model.encode(batch["image"].flatten(0, 1).to(process.device)).cpu()
+        labels = batch["label"]
+        captions = ()
+        if text:
+            encoded = text.encode(batch["caption"])
+            captions = encoded.features, encoded.mask
+        writer.write(start, tokens.unflatten(0, (-1, images.crops)), labels, *captions)
         start += len(labels)
     process.wait_for_everyone()
     if process.is_main_process:
         writer.finish()
-        print(f"{len(data)} pictures of {data.name} as {crops} x {model.spec}: {output}")
+        with_captions = f", captions {header.captions}" if text else ""
+        made = f"{images.crops} x {model.spec}{with_captions}"
+        print(f"{len(data)} pictures of {data.name} as {made}: {output}")

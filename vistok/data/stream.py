@@ -53,6 +53,14 @@ class Images:
         self.source = source
         self.transform = transform
 
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -183,21 +191,58 @@ def shard_range(n: int, rank: int, world: int) -> range:
     return range(n * rank // world, n * (rank + 1) // world)
 
 
-class EvaluationImages(Dataset):
-    """A source through a transform in its own order, each picture `crops` times in a row.
+class HeldOut(Dataset):
+    """Data in its own order: item i is sample i, its augmentation a function of (seed, i). A sample
+    that cannot be read raises `BrokenSampleError`."""
 
-    Item i is crop i % crops of picture i // crops, its augmentation a function of (seed, i). A
-    picture that cannot be read raises `BrokenSampleError`.
-    """
-
-    def __init__(self, source: ImageSource, transform: Transform, crops: int = 1, seed: int = 0):
-        self.images = Images(source, transform)
-        self.crops = crops
+    def __init__(self, data: TrainingData, seed: int = 0):
+        self.data = data
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.images) * self.crops
+        return len(self.data)
 
-    def __getitem__(self, position: int) -> Item:
-        generator = keyed_generator(self.seed, "crop", position)
-        return self.images.get(position // self.crops, generator)
+    def __getitem__(self, index: int) -> Item:
+        return self.data.get(index, keyed_generator(self.seed, "crop", index))
+
+
+class EvaluationImages(HeldOut):
+    """A source through a transform, in its own order."""
+
+    def __init__(self, source: ImageSource, transform: Transform, seed: int = 0):
+        super().__init__(Images(source, transform), seed)
+
+
+class ImageCrops(Dataset):
+    """A source in its own order, each picture as `crops` crops of a transform: all that it counts,
+    or as many draws of a random one, functions of (seed, i). Item i is read once.
+
+    `crops` is by default all, or one draw; another number than all raises `UserError`.
+    """
+
+    def __init__(
+        self, source: ImageSource, transform: Transform, crops: int | None = None, seed: int = 0
+    ):
+        if crops is not None and (crops < 1 or crops != (transform.count or crops)):
+            raise UserError(
+                f"{crops} crops of '{transform.name}': it makes {transform.count or '1 or more'}"
+            )
+        self.source = source
+        self.transform = transform
+        self.crops = crops or transform.count or 1
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Item:
+        """Return {"image": (crops, C, size, size) in [0, 1], "label", "caption", "index"}."""
+        sample = self.source[index]
+        if self.transform.count:
+            images = self.transform.all_crops(sample.image)
+        else:
+            draws = range(index * self.crops, (index + 1) * self.crops)
+            images = torch.stack(
+                [self.transform(sample.image, keyed_generator(self.seed, "crop", d)) for d in draws]
+            )
+        return {"image": images, "label": sample.label, "caption": sample.caption, "index": index}

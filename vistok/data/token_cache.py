@@ -1,7 +1,8 @@
 """Token caches: a data set as its tokenizer sees it, computed once and memory-mapped.
 
 A directory with `tokens.npy` (count, crops, *token shape), `labels.npy` (count,) and `header.json`,
-which names the tokenizer by fingerprint and the transform; a cache of another pair is refused.
+which names the tokenizer by fingerprint and the transform; a cache of another pair is refused. For
+text-conditional generators it holds the captions' features, too: see `vistok.data.captions`.
 
 Several processes write one cache: the first calls `allocate`, all `write` disjoint ranges, the
 first calls `finish`, with a barrier after each stage. The header is written last, so that without
@@ -15,9 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from vistok.data.arrays import checked, create, mapped, write_rows
+from vistok.data.captions import CaptionReader, CaptionSpec, CaptionWriter
 from vistok.data.transforms import Transform
 from vistok.errors import UserError
 from vistok.files import replaced, sync
@@ -31,7 +34,7 @@ UNWRITTEN = -1  # in place of a label
 @dataclass(frozen=True)
 class TokenCacheHeader:
     """What a cache holds: `crops` versions of each of `count` pictures of `source`, transformed by
-    `transform`, tokenized as `spec` by the tokenizer of that `fingerprint`."""
+    `transform`, tokenized as `spec` by the tokenizer of that `fingerprint`; and their captions."""
 
     fingerprint: str
     spec: TokenSpec
@@ -41,6 +44,7 @@ class TokenCacheHeader:
     count: int
     crops: int = 1
     latent_dtype: Literal["float32", "float16"] = "float32"
+    captions: CaptionSpec | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -59,6 +63,8 @@ class TokenCacheHeader:
 
     def to_json(self) -> str:
         fields = asdict(self) | {"spec": self.spec.to_dict(), "dtype": self.dtype.name}
+        if self.captions is None:
+            del fields["captions"]  # as it was before there were any
         return json.dumps({"format": FORMAT, **fields}, indent=1)
 
     @classmethod
@@ -71,6 +77,8 @@ class TokenCacheHeader:
         fields["spec"] = TokenSpec.from_dict(fields["spec"])
         fields["transform"] = Transform(**fields["transform"])
         fields["class_names"] = tuple(fields["class_names"])
+        if "captions" in fields:
+            fields["captions"] = CaptionSpec(**fields["captions"])
         return cls(**fields)
 
 
@@ -80,18 +88,33 @@ class TokenCacheWriter:
     def __init__(self, directory: str | Path, header: TokenCacheHeader):
         self.directory = Path(directory)
         self.header = header
+        self._captions = None
+        if header.captions is not None:
+            self._captions = CaptionWriter(self.directory, header.captions, header.count)
 
     def allocate(self) -> None:
         """Make the directory and arrays of full size; raises `UserError` over a finished cache."""
         if (self.directory / HEADER).exists():
             raise UserError(f"{self.directory}: already holds a token cache; remove it first")
         self.directory.mkdir(parents=True, exist_ok=True)
-        _create(self.directory / TOKENS, self.header.dtype, self.header.array_shape)
-        _create(self.directory / LABELS, np.dtype(np.int64), (self.header.count,))[:] = UNWRITTEN
+        create(self.directory / TOKENS, self.header.dtype, self.header.array_shape)
+        create(self.directory / LABELS, np.dtype(np.int64), (self.header.count,))[:] = UNWRITTEN
+        if self._captions is not None:
+            self._captions.allocate()
 
-    def write(self, start: int, tokens: Tensor, labels: Int64[Tensor, "b"]) -> None:
-        """Write pictures [start, start + b): tokens (b, crops, *token shape) and their labels."""
+    def write(
+        self,
+        start: int,
+        tokens: Tensor,
+        labels: Int64[Tensor, "b"],
+        captions: Float[Tensor, "b l c"] | None = None,
+        caption_mask: Bool[Tensor, "b l"] | None = None,
+    ) -> None:
+        """Write pictures [start, start + b): tokens (b, crops, *token shape), their labels and, if
+        the header names captions, the features of these, `caption_mask` being true for tokens."""
         end = start + len(labels)
+        if (captions is None) != (self._captions is None):
+            raise UserError(f"token cache: the header says captions {self.header.captions}")
         if not 0 <= start <= end <= self.header.count:
             raise UserError(
                 f"token cache: pictures {start}..{end - 1} of a cache of {self.header.count}"
@@ -110,18 +133,22 @@ class TokenCacheWriter:
                 raise UserError(
                     f"token cache: ids {low}..{high}, expected 0..{self.header.num_ids - 1}"
                 )
-        _write_rows(self.directory / TOKENS, start, tokens)
-        _write_rows(self.directory / LABELS, start, labels)
+        if self._captions is not None:
+            self._captions.write(start, captions, caption_mask)
+        write_rows(self.directory / TOKENS, start, tokens.cpu().numpy())
+        write_rows(self.directory / LABELS, start, labels.cpu().numpy())
 
     def finish(self) -> None:
         """Force the arrays to the disk and write the header; raises `UserError` while a picture is
         missing."""
-        missing = np.flatnonzero(_map(self.directory / LABELS) == UNWRITTEN)
+        missing = np.flatnonzero(mapped(self.directory / LABELS) == UNWRITTEN)
         if len(missing):
             raise UserError(
                 f"{self.directory}: {len(missing)} of {self.header.count} pictures were never "
                 f"written, the first is {missing[0]}"
             )
+        if self._captions is not None:
+            self._captions.finish()
         sync(self.directory / TOKENS)
         sync(self.directory / LABELS)
         with replaced(self.directory / HEADER) as aside:
@@ -140,8 +167,12 @@ class TokenCache:
         self.name = str(directory)
         self.spec = self.header.spec
         self.class_names = self.header.class_names
-        self._tokens = self._open(TOKENS, self.header.dtype, self.header.array_shape)
-        self._labels = self._open(LABELS, np.dtype(np.int64), (self.header.count,))
+        count = self.header.count
+        self._tokens = checked(self.directory / TOKENS, self.header.dtype, self.header.array_shape)
+        self._labels = checked(self.directory / LABELS, np.dtype(np.int64), (count,))
+        self._captions = None
+        if self.header.captions is not None:
+            self._captions = CaptionReader(self.directory, self.header.captions, count)
 
     def __reduce__(self):
         # A memory map pickles as its content; a worker process maps the files itself.
@@ -164,15 +195,33 @@ class TokenCache:
                 f"it again or change the transform"
             )
 
+    def check_captions(self, length: int, dim: int) -> None:
+        """Raise `UserError` unless the cache holds captions of that size."""
+        held = self.header.captions
+        if held is None:
+            raise UserError(
+                f"{self.directory}: holds no captions, and the generator is text-conditional: make "
+                "it again with vistok cache --text_encoder PATH"
+            )
+        if (held.length, held.dim) != (length, dim):
+            raise UserError(
+                f"{self.directory}: holds captions {held}, the generator takes {length} x {dim}"
+            )
+
     def __len__(self) -> int:
         return self.header.count
 
     def get(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        """Return {"tokens": int64 or float32, shaped as `spec`, "label", "index"}."""
+        """Return {"tokens": int64 or float32, shaped as `spec`, "label", "index"}; where there are
+        captions, also "captions" (length, dim) in float16, padded on the left, and "caption_mask"
+        (length,), true for tokens."""
         crop = int(torch.randint(self.header.crops, (), generator=generator))
         dtype = np.float32 if self.spec.kind == "latents" else np.int64
         tokens = torch.from_numpy(self._tokens[index, crop].astype(dtype))
-        return {"tokens": tokens, "label": int(self._labels[index]), "index": index}
+        item = {"tokens": tokens, "label": int(self._labels[index]), "index": index}
+        if self._captions is not None:
+            item["captions"], item["caption_mask"] = self._captions.get(index)
+        return item
 
     def labels(self) -> Int64[Tensor, "n"]:
         return torch.from_numpy(np.array(self._labels))
@@ -192,32 +241,3 @@ class TokenCache:
             return TokenCacheHeader.from_json(text)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{self.directory}/{HEADER}: not a cache's header ({error})") from error
-
-    def _open(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-        path = self.directory / name
-        try:
-            array = _map(path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: missing, truncated or no array ({error})") from error
-        if (array.dtype, array.shape) != (dtype, shape):
-            raise UserError(
-                f"{path}: holds {array.dtype} {array.shape}, the header says {dtype} {shape}"
-            )
-        return array
-
-
-def _create(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-
-
-def _map(path: Path) -> np.memmap:
-    """Map an array file to read; an array of Python objects raises ValueError."""
-    return np.lib.format.open_memmap(path, mode="r")
-
-
-def _write_rows(path: Path, start: int, rows: Tensor) -> None:
-    # Not through a writable map: over a network two hosts would write back each other's pages.
-    array = _map(path)
-    with path.open("r+b") as file:
-        file.seek(array.offset + start * array.strides[0])
-        file.write(rows.cpu().numpy().astype(array.dtype).tobytes())

@@ -1,12 +1,14 @@
 """Picture to tensor by named protocol; the name stands in token caches and beside every score."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from vistok.errors import UserError, suggestion
@@ -56,12 +58,45 @@ def random_crop(image: Image.Image, size: int, generator: torch.Generator) -> Im
     return _crop(image, left, top, size)
 
 
-# name: (crop, whether the crop is random, whether half of the pictures are mirrored)
+def ten_crop(image: Image.Image, size: int, margin: float) -> list[Image.Image]:
+    """`adm_center_crop` to `margin` times the size, of which four corners and the centre, whose
+    offset is rounded half to even; then the same five of its mirror image."""
+    image = adm_center_crop(image, int(size * margin))
+    end = image.width - size
+    middle = round(end / 2)
+    corners = ((0, 0), (end, 0), (0, end), (end, end), (middle, middle))
+    return [
+        _crop(side, left, top, size)
+        for side in (image, ImageOps.mirror(image))
+        for left, top in corners
+    ]
+
+
+def center_crop_flips(image: Image.Image, size: int) -> list[Image.Image]:
+    """`adm_center_crop` and its mirror image."""
+    image = adm_center_crop(image, size)
+    return [image, ImageOps.mirror(image)]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """`crop(image, size)` makes one picture, or a list of `count`; a random one takes a generator
+    too. `mirrors`: half of the results are mirrored."""
+
+    crop: Callable[..., Image.Image | list[Image.Image]]
+    count: int = 1
+    is_random: bool = False
+    mirrors: bool = False
+
+
 PROTOCOLS = {
-    "adm-center-crop": (adm_center_crop, False, False),
-    "resize-center-crop": (resize_center_crop, False, False),
-    "random-crop-flip": (random_crop, True, True),
-    "random-flip": (resize_center_crop, False, True),
+    "adm-center-crop": Protocol(adm_center_crop),
+    "resize-center-crop": Protocol(resize_center_crop),
+    "random-crop-flip": Protocol(random_crop, is_random=True, mirrors=True),
+    "random-flip": Protocol(resize_center_crop, mirrors=True),
+    "adm-center-crop-flips": Protocol(center_crop_flips, count=2),
+    "ten-crop": Protocol(partial(ten_crop, margin=1.1), count=10),
+    "ten-crop-105": Protocol(partial(ten_crop, margin=1.05), count=10),
 }
 
 
@@ -72,9 +107,12 @@ class Transform:
     - `adm-center-crop`: box halvings, bicubic, centre; the protocol of ImageNet generators;
     - `resize-center-crop`: antialiased bicubic, centre; torchvision's;
     - `random-crop-flip`: short side from [size, 1.25 size], crop anywhere, mirrored by half;
-    - `random-flip`: `resize-center-crop`, mirrored by half.
+    - `random-flip`: `resize-center-crop`, mirrored by half;
+    - `adm-center-crop-flips`: one of two, `adm-center-crop` and its mirror image;
+    - `ten-crop`: one of ten, corners and centre of `adm-center-crop` at 1.1 times the size, and
+      the same of its mirror image, as LlamaGen trains on; `ten-crop-105`: at 1.05 times.
 
-    The random ones draw from the generator passed to the call and from nothing else.
+    All but the first two draw from the generator passed to the call and from nothing else.
     """
 
     name: str
@@ -90,8 +128,14 @@ class Transform:
             raise UserError(f"transform '{self.name}': size {self.size} must be at least 1 pixel")
 
     @property
+    def count(self) -> int | None:
+        """How many crops a picture has; None where they are drawn without number."""
+        protocol = PROTOCOLS[self.name]
+        return None if protocol.is_random or protocol.mirrors else protocol.count
+
+    @property
     def is_random(self) -> bool:
-        return any(PROTOCOLS[self.name][1:])
+        return self.count != 1
 
     def __call__(
         self, image: Image.Image, generator: torch.Generator | None = None
@@ -99,12 +143,21 @@ class Transform:
         """Return the crop in [0, 1]: 3 channels, or 4 for a picture with alpha."""
         if self.is_random and generator is None:
             raise UserError(f"transform '{self.name}' is random: pass it a torch.Generator")
-        crop, crop_is_random, mirrors = PROTOCOLS[self.name]
-        arguments = (generator,) if crop_is_random else ()
-        pixels = to_float(crop(image, self.size, *arguments))
-        if mirrors and _draw(0, 1, generator):
+        protocol = PROTOCOLS[self.name]
+        arguments = (generator,) if protocol.is_random else ()
+        crop = protocol.crop(image, self.size, *arguments)
+        if protocol.count > 1:
+            crop = crop[_draw(0, protocol.count - 1, generator)]
+        pixels = to_float(crop)
+        if protocol.mirrors and _draw(0, 1, generator):
             pixels = pixels.flip(-1)
         return pixels
+
+    def all_crops(self, image: Image.Image) -> Float[Tensor, "n c h w"]:
+        """Return the `count` crops of a picture, in the order of the protocol."""
+        protocol = PROTOCOLS[self.name]
+        crops = protocol.crop(image, self.size)
+        return torch.stack([to_float(c) for c in (crops if protocol.count > 1 else [crops])])
 
     def __str__(self) -> str:
         return f"{self.name} at {self.size} px"

@@ -2,13 +2,15 @@
 
 from vistok.decoding.loop import Decoding, decode
 from vistok.decoding.noise import Noise, StoredNoise
-from vistok.decoding.plans import Pass, Plan, raster
+from vistok.decoding.orders import Order
+from vistok.decoding.plans import Pass, Plan
 from vistok.decoding.sampling import Sampling, probabilities, sample_categorical
 from vistok.decoding.schedules import Schedule
 
 __all__ = [
     "Decoding",
     "Noise",
+    "Order",
     "Pass",
     "Plan",
     "Sampling",
@@ -16,6 +18,5 @@ __all__ = [
     "StoredNoise",
     "decode",
     "probabilities",
-    "raster",
     "sample_categorical",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vistok.decoding.noise import Noise
+from vistok.decoding.orders import Order
 from vistok.decoding.plans import Pass, Plan
 from vistok.decoding.sampling import Sampling
 from vistok.decoding.schedules import Schedule
@@ -21,21 +22,21 @@ class Steppable(Protocol):
     spec: TokenSpec
     head: object
 
-    def plan(self) -> Plan: ...
-    def null_condition(self, condition: Tensor) -> Tensor: ...
+    def plan(self, order: Order | None = None) -> Plan: ...
+    def with_null(self, condition: object) -> object: ...
     def new_state(self, rows: int, plan: Plan) -> object: ...
-    def step(self, tokens: Tensor, condition: Tensor, fed: Pass, state: object) -> Tensor: ...
+    def step(self, tokens: Tensor, condition: object, fed: Pass, state: object) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are decoded: the plan (None: the model's own) and the schedules of progress.
+    """How tokens are decoded: the order (None: the model's own) and the schedules of progress.
 
     `guidance` is the classifier-free scale (Ho & Salimans, 2022), 1 being off; `budget` the inner
     steps of diffusion and flow heads.
     """
 
-    plan: Plan | None = None
+    plan: Order | None = None
     guidance: Schedule = Schedule(1)
     temperature: Schedule = Schedule(1)
     top_k: int = 0
@@ -52,14 +53,16 @@ class Decoding:
         return replace(self, **{k: v for k, v in changes.items() if v is not None})
 
     def to_dict(self) -> dict[str, str | float]:
-        """JSON form of all but the plan; `Decoding.from_dict` is its inverse."""
+        """JSON form; `Decoding.from_dict` is its inverse."""
+        order = {} if self.plan is None else {"plan": str(self.plan)}
         schedules = {k: str(getattr(self, k)) for k in ("guidance", "temperature", "budget")}
-        return {**schedules, "top_k": self.top_k, "top_p": self.top_p}
+        return {**order, **schedules, "top_k": self.top_k, "top_p": self.top_p}
 
     @classmethod
     def from_dict(cls, settings: dict[str, str | float]) -> "Decoding":
+        order = {"plan": Order(settings["plan"])} if "plan" in settings else {}
         schedules = {k: Schedule(settings[k]) for k in ("guidance", "temperature", "budget")}
-        return cls(**{**settings, **schedules})
+        return cls(**{**settings, **order, **schedules})
 
     def sampling(self, fraction: float) -> Sampling:
         """How tokens are drawn when `fraction` of them is decoded."""
@@ -73,27 +76,28 @@ class Decoding:
 @torch.inference_mode()
 def decode(
     generator: Steppable,
-    condition: Tensor,
+    condition: object,
     noise: Noise,
     decoding: Decoding | None = None,
     state: object = None,
     on_pass: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Decode one batch of tokens, (B, *spec.tensor_shape), for `condition` (B, ...).
+    """Decode one batch of tokens, (B, *spec.tensor_shape), for `condition`: B labels, or anything
+    else with a length, slices and a device that the generator takes.
 
     The conditional and null halves of guidance run as one batch; the null half is dropped after the
     last pass that needs it. `state` may be that of an earlier call with equal sizes (its memory is
     used again); `on_pass(t, tokens)` sees the tokens after each pass.
     """
     decoding = decoding or Decoding()
-    plan = (decoding.plan or generator.plan()).to(condition.device)
+    plan = generator.plan(decoding.plan).to(condition.device)
     spec, batch = generator.spec, len(condition)
 
     scales = decoding.scales(plan)
     guided_passes = max((t + 1 for t, scale in enumerate(scales) if scale != 1), default=0)
 
     if guided_passes:
-        condition = torch.cat([condition, generator.null_condition(condition)])
+        condition = generator.with_null(condition)
     if state is None:
         state = generator.new_state(len(condition), plan)
     state.reset()

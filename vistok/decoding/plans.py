@@ -1,16 +1,18 @@
-"""Plans: the order of decoding, known before the first forward pass.
+"""Plans: what each forward pass is fed and what it predicts, known before the first one.
 
 Every generator here is next-set prediction: pass t predicts a set of positions that are independent
 given all earlier sets. A plan lists, for each pass, the rows fed to the network, the positions
-predicted, and the (row, head, weight) triples whose logits are averaged for each. It is a pure
-function of the token shape.
+predicted, and the (row, head, weight) triples whose logits are averaged for each. The orders that
+make plans are in `vistok.decoding.orders`.
 
 One rule covers attention in training and generation: with f(k) the rank in which row k is fed, row
 q sees row k where f(k) <= f(q). Keys and values stored in the order of f then make every pass see a
 contiguous prefix: generation needs no mask between passes, and training is one forward over all.
+Only plans that a model was not trained for (ZipAR) say for themselves where rows are stored and
+what they see.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
@@ -18,27 +20,66 @@ from itertools import accumulate, pairwise
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from vistok.tokens import Shape
 
 
 @dataclass(frozen=True, eq=False)
 class Pass:
-    """One forward pass. Rows lie in the order: condition rows, then token rows.
+    """One forward pass. Rows lie in the order: condition rows, token rows, placeholder rows.
 
-    `source`, `head` and `weight` (S, M) say from which rows of this pass, through which of the
-    model's heads and with which weight each position of `predict` (S,) is predicted.
+    `tokens` are the positions whose tokens are fed, `cells` the positions whose place each takes
+    (the same, but for a stand-in); `placeholders` numbers learned rows without a place. `source`,
+    `head` and `weight` (S, M) say from which rows of this pass, through which of the model's heads
+    and with which weight each position of `predict` (S,) is predicted; weight 0 fills up.
+
+    `slots`, where given, are the rows' places in the cache, and `sees` the slots that each row
+    attends to; without them rows follow those before and `rank` says what they see.
     """
 
     condition: Int64[Tensor, "c"]
     tokens: Int64[Tensor, "t"]
+    cells: Int64[Tensor, "t"]
+    placeholders: Int64[Tensor, "p"]
     rank: tuple[int, ...]
     predict: Int64[Tensor, "s"]
     source: Int64[Tensor, "s m"]
     head: Int64[Tensor, "s m"]
     weight: Float[Tensor, "s m"]
+    slots: Int64[Tensor, "r"] | None = None
+    sees: Bool[Tensor, "r end"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        rank: Sequence[int],
+        predict: Sequence[int],
+        source: Sequence[Sequence[int]],
+        head: Sequence[Sequence[int]] | None = None,
+        weight: Sequence[Sequence[float]] | None = None,
+        condition: Sequence[int] = (),
+        tokens: Sequence[int] = (),
+        cells: Sequence[int] | None = None,
+        placeholders: Sequence[int] = (),
+    ) -> "Pass":
+        """Build from plain numbers; the head is 0 and the weight 1 where they are not given."""
+        rows = torch.tensor(source, dtype=torch.long).reshape(len(predict), -1)
+        return cls(
+            condition=torch.tensor(condition, dtype=torch.long),
+            tokens=torch.tensor(tokens, dtype=torch.long),
+            cells=torch.tensor(tokens if cells is None else cells, dtype=torch.long),
+            placeholders=torch.tensor(placeholders, dtype=torch.long),
+            rank=tuple(rank),
+            predict=torch.tensor(predict, dtype=torch.long),
+            source=rows,
+            head=torch.zeros_like(rows) if head is None else torch.tensor(head),
+            weight=torch.ones(rows.shape) if weight is None else torch.tensor(weight),
+        )
 
     def to(self, device: torch.device) -> "Pass":
-        tensors = [f.name for f in fields(self) if f.name != "rank"]
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rank"}
+        return replace(self, **{k: v.to(device) for k, v in tensors.items() if v is not None})
 
     @property
     def rows(self) -> int:
@@ -48,23 +89,38 @@ class Pass:
     @torch.inference_mode(False)
     def mask(self) -> Bool[Tensor, "r r"] | None:
         """Which rows of this pass (second axis) each row sees; None where all see all."""
-        if len(set(self.rank)) == 1:
+        if len(set(self.rank)) <= 1:
             return None
         rank = torch.tensor(self.rank, device=self.tokens.device)
         return rank[None, :] <= rank[:, None]
+
+    @cached_property
+    @torch.inference_mode(False)
+    def block_mask(self) -> BlockMask:
+        """`mask` for FlexAttention, which skips the blocks that are hidden whole."""
+        rank = torch.tensor(self.rank, device=self.tokens.device)
+
+        def visible(batch, head, query, key):
+            return rank[key] <= rank[query]
+
+        return create_block_mask(visible, None, None, self.rows, self.rows, device=rank.device)
 
     @cached_property
     def is_causal(self) -> bool:
         """Whether each row sees itself and the rows before it, and no other."""
         return all(before < after for before, after in pairwise(self.rank))
 
-    def gather(self, hidden: Float[Tensor, "b r d"]) -> Float[Tensor, "b s d"]:
-        """Return the hidden state that predicts each position. Where several rows share one linear
-        head, the mean of their logits is the head of the mean of their hidden states."""
-        rows = hidden[:, self.source]
-        if rows.shape[2] == 1:
-            return rows[:, :, 0]
-        return torch.einsum("bsmd,sm->bsd", rows, self.weight.to(rows.dtype))
+    @cached_property
+    @torch.inference_mode(False)
+    def mixing(self) -> Float[Tensor, "heads s r"]:
+        """The triples as matrices: the share of each row in each position, for each head."""
+        # No position takes more than one row through a head: there are as many heads as triples.
+        heads = self.head.shape[1]
+        shares = self.weight.new_zeros(heads, len(self.predict), self.rows)
+        position = torch.arange(len(self.predict), device=self.head.device)[:, None]
+        return shares.index_put(
+            (self.head, position.expand_as(self.head), self.source), self.weight, accumulate=True
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +128,23 @@ class Plan:
     """The passes that decode tokens of `shape`."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     passes: tuple[Pass, ...]
 
     @property
     def rows(self) -> int:
-        """Rows fed in all, the length of a key-value cache."""
+        """Rows fed in all."""
         return sum(fed.rows for fed in self.passes)
+
+    @property
+    def length(self) -> int:
+        """Rows that a key-value cache holds in the end."""
+        ends = [fed.sees.shape[1] for fed in self.passes if fed.sees is not None]
+        return max(ends, default=self.rows)
+
+    @property
+    def num_placeholders(self) -> int:
+        return sum(len(fed.placeholders) for fed in self.passes)
 
     def __len__(self) -> int:
         return len(self.passes)
@@ -94,52 +160,31 @@ class Plan:
     @lru_cache(maxsize=64)  # noqa: B019 - plans are few, cached and live as long as the program
     @torch.inference_mode(False)
     def to(self, device: torch.device) -> "Plan":
+        if self.passes[0].predict.device == device:
+            return self
         return replace(self, passes=tuple(fed.to(device) for fed in self.passes))
 
     @cached_property
     @torch.inference_mode(False)
     def training(self) -> Pass:
         """All passes as one: every row at once, under the mask of their ranks."""
-        num_conditions = sum(len(fed.condition) for fed in self.passes)
-        sources, condition_ranks, token_ranks = [], [], []
+        kinds = ("condition", "tokens", "placeholders")
+        total = {kind: sum(len(getattr(fed, kind)) for fed in self.passes) for kind in kinds}
+        first = {kind: sum(total[k] for k in kinds[:i]) for i, kind in enumerate(kinds)}
+        sources, ranks = [], {kind: [] for kind in kinds}
         for fed in self.passes:
             # Row r of the pass becomes the row of the same kind among all of them.
-            c, t = len(fed.condition), len(fed.tokens)
-            first_token = num_conditions + len(token_ranks)
-            where = [*range(len(condition_ranks), len(condition_ranks) + c)]
-            where += range(first_token, first_token + t)
-            sources.append(torch.tensor(where)[fed.source])
-            condition_ranks += fed.rank[:c]
-            token_ranks += fed.rank[c:]
-        gathered = {
-            name: torch.cat([getattr(fed, name) for fed in self.passes])
-            for name in ("condition", "tokens", "predict", "head", "weight")
-        }
-        rank = (*condition_ranks, *token_ranks)
-        return Pass(rank=rank, source=torch.cat(sources), **gathered)
-
-
-def next_token_pass(condition: range, fed: list[int], rank: int, predict: int) -> Pass:
-    """A pass whose last row predicts one position."""
-    rows = len(condition) + len(fed)
-    return Pass(
-        condition=torch.tensor(list(condition), dtype=torch.long),
-        tokens=torch.tensor(fed, dtype=torch.long),
-        rank=tuple(range(rank, rank + rows)),
-        predict=torch.tensor([predict]),
-        source=torch.tensor([[rows - 1]]),
-        head=torch.zeros(1, 1, dtype=torch.long),
-        weight=torch.ones(1, 1),
-    )
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def raster(shape: tuple[int, ...], condition_rows: int = 1) -> Plan:
-    """Row by row, one token a pass: N passes (LlamaGen; sequences of 1D tokenizers)."""
-    n = math.prod(shape)
-    first = next_token_pass(range(condition_rows), [], 0, predict=0)
-    rest = [
-        next_token_pass(range(0), [t - 1], condition_rows + t - 1, predict=t) for t in range(1, n)
-    ]
-    return Plan("raster", shape, (first, *rest))
+            where, row = [], 0
+            for kind in kinds:
+                count = len(getattr(fed, kind))
+                begin = first[kind] + len(ranks[kind])
+                where += range(begin, begin + count)
+                ranks[kind] += fed.rank[row : row + count]
+                row += count
+            sources.append(torch.tensor(where, device=fed.source.device)[fed.source])
+        joined = (*kinds, "cells", "predict", "head", "weight")
+        return Pass(
+            rank=(*ranks["condition"], *ranks["tokens"], *ranks["placeholders"]),
+            source=torch.cat(sources),
+            **{name: torch.cat([getattr(fed, name) for fed in self.passes]) for name in joined},
+        )

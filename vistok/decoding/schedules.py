@@ -1,9 +1,9 @@
 """Schedules of progress: guidance, temperature, inner steps along the fraction decoded."""
 
 import math
-import re
 
-from vistok.errors import UserError, suggestion
+from vistok.decoding.spelling import read_call
+from vistok.errors import UserError
 
 # name: (numbers it takes, value at fraction f)
 _FORMS = {
@@ -27,19 +27,14 @@ class Schedule:
 
     def __init__(self, spelling: "str | float | Schedule"):
         text = str(spelling)
-        match = re.fullmatch(r"\s*([a-z_]+)\s*\(([^()]*)\)\s*", text)
-        self.form, numbers = match.groups() if match else ("constant", text)
-        if self.form not in _FORMS:
-            raise UserError(
-                f"schedule '{text}': {self.form} is none of {', '.join(_FORMS)}"
-                f"{suggestion(self.form, _FORMS)}"
-            )
         try:
-            self.numbers = tuple(float(number) for number in numbers.split(","))
+            self.form, self.numbers = "constant", (float(text),)
         except ValueError:
-            raise UserError(
-                f"schedule '{text}' is neither a number nor a form like 'linear(50,5)'"
-            ) from None
+            self.form, numbers = read_call(text, "schedule", _FORMS)
+            try:
+                self.numbers = tuple(float(number) for number in numbers)
+            except ValueError:
+                raise UserError(f"schedule '{text}': {self.form} takes numbers") from None
         wanted = _FORMS[self.form][0]
         if len(self.numbers) != wanted:
             raise UserError(f"schedule '{text}': {self.form} takes {wanted} number(s)")

@@ -1,6 +1,9 @@
 """Generators: condition to tokens, one file per published family."""
 
 from vistok.generators.base import Generator, GeneratorOutput
+from vistok.generators.conditions import Captions, Condition
 from vistok.generators.llamagen import LlamaGen
+from vistok.generators.nar import NAR
+from vistok.generators.par import PAR
 
-__all__ = ["Generator", "GeneratorOutput", "LlamaGen"]
+__all__ = ["NAR", "PAR", "Captions", "Condition", "Generator", "GeneratorOutput", "LlamaGen"]

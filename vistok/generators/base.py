@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from vistok.decoding.orders import Order
 from vistok.decoding.plans import Pass, Plan
 from vistok.errors import IncompatibleTokensError
+from vistok.generators.conditions import Condition
 from vistok.heads.base import Head
 from vistok.models import Model
 from vistok.tokens import TokenSpec
@@ -41,16 +43,26 @@ class Generator(Model):
                 f"not {spec}: choose a tokenizer of such tokens or another generator"
             )
 
-    def plan(self) -> Plan:
-        """The order in which the model was trained, and by default decodes."""
+    def plan(self, order: Order | None = None) -> Plan:
+        """Return the plan of decoding by `order`, by default that of training; raise `UserError`
+        for an order that does not fit the model."""
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> GeneratorOutput:
+    @property
+    def orders(self) -> list[str]:
+        """The orders that fit, that of training first."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Tensor, condition: Condition) -> GeneratorOutput:
         """One training pass; corruption, order and condition dropout happen inside."""
         raise NotImplementedError
 
-    def null_condition(self, condition: Tensor) -> Tensor:
+    def null_condition(self, condition: Condition) -> Condition:
         """Return the unconditional condition of the same shape, for guidance."""
+        raise NotImplementedError
+
+    def with_null(self, condition: Condition) -> Condition:
+        """Return the batch of the conditions followed by that of their null conditions."""
         raise NotImplementedError
 
     def new_state(self, rows: int, plan: Plan):
@@ -62,7 +74,7 @@ class Generator(Model):
         raise NotImplementedError
 
     def step(
-        self, tokens: Int64[Tensor, "b n"], condition: Tensor, fed: Pass, state
+        self, tokens: Int64[Tensor, "b n"], condition: Condition, fed: Pass, state
     ) -> Float[Tensor, "b s d"]:
         """Feed the rows of one pass, reading and extending `state`, and return the hidden states of
         the positions it predicts. `tokens` holds what is decoded so far; the rest is not read."""

@@ -1,35 +1,66 @@
 """LlamaGen (Sun et al., 2024, arXiv:2406.06525): a decoder-only transformer over a tokenizer's ids.
 
-The class is a one-row prefix; each row predicts the id of the next position in raster order. Rotary
-positions follow the tokens' shape: one axis for sequences, two for grids.
+The condition is a prefix: one row for a class, many for a caption; then come the tokens fed so far.
+The order of decoding says which row predicts which position. LlamaGen's is raster; any other that
+gives one token a row, and PAR's, is an argument.
 """
 
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from vistok.decoding.plans import Pass, Plan, raster
+from vistok.decoding.orders import Order
+from vistok.decoding.plans import Pass, Plan
 from vistok.errors import UserError
 from vistok.generators.base import Generator, GeneratorOutput
+from vistok.generators.conditions import CaptionCondition, ClassCondition, Condition
 from vistok.heads.categorical import CategoricalHead
 from vistok.layers.cache import KVCache
 from vistok.layers.norms import RMSNorm
+from vistok.layers.positions import sincos_table
 from vistok.layers.rotary import rotary_table
 from vistok.layers.transformer import Block, swiglu_width
 from vistok.models import register_to_config
 from vistok.tokens import TokenSpec
 
 
+@dataclass
+class DecodingState:
+    """What decoding keeps between passes: keys and values, and each pass's rotary factors."""
+
+    cache: KVCache
+    rotary: dict[Pass, Float[Tensor, "2 r d"] | None]
+
+    def reset(self) -> None:
+        self.cache.reset()
+        if any(fed.slots is not None for fed in self.rotary):
+            self.cache.clear()
+
+    def keep(self, batch: int) -> None:
+        self.cache.keep(batch)
+
+
 class LlamaGen(Generator):
     """Args:
-    spec: tokens to model; ids of a sequence or grid.
+    spec: tokens to model; ids of a sequence, grid or video.
     class_names: names of the classes, in the order of their labels.
+    order: order in which tokens are learned and decoded; see `vistok.Order`. A model of raster
+        order decodes by `zipar(s)`, too.
     dim, depth, num_heads, num_kv_heads: width, blocks and heads of the transformer.
     hidden_dim: width of the feed-forward layers; None is Llama's two thirds of 4 dim.
     dropout: on embeddings, attention and feed-forward outputs, in training.
-    condition_dropout: probability with which training replaces a class by the null class.
+    condition_dropout: probability with which training replaces a condition by the null condition.
+    positions: rotary factors at each layer; or a table added to the embeddings, learned or fixed.
+    rope_base: of the rotary frequencies.
+    norm_eps: of the RMS norms.
+    caption_dim: channels of caption features; None for class-conditional models.
+    caption_length: rows of a caption.
+
+    The published sizes (dim, depth, num_heads): B 768, 12, 12; L 1024, 24, 16; XL 1280, 36, 20;
+    XXL 1536, 48, 24; 3B 3200, 24, 32.
     """
 
     _no_split_modules: ClassVar = ["Block"]
@@ -40,6 +71,7 @@ class LlamaGen(Generator):
         self,
         spec: TokenSpec,
         class_names: list[str],
+        order: str = "raster",
         dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
@@ -47,110 +79,198 @@ class LlamaGen(Generator):
         hidden_dim: int | None = None,
         dropout: float = 0.1,
         condition_dropout: float = 0.1,
+        positions: Literal["rotary", "learned", "fixed"] = "rotary",
         rope_base: float = 10000.0,
+        norm_eps: float = 1e-5,
+        caption_dim: int | None = None,
+        caption_length: int = 120,
     ):
         super().__init__()
         self.check_spec(spec)
         if dim % num_heads or num_heads % (num_kv_heads or num_heads):
             raise UserError(
-                f"LlamaGen: dim {dim} must be a multiple of num_heads {num_heads}, and that of "
-                f"num_kv_heads {num_kv_heads}"
+                f"{type(self).__name__}: dim {dim} must be a multiple of num_heads {num_heads}, "
+                f"and that of num_kv_heads {num_kv_heads}"
             )
-        self.spec, self.class_names = spec, tuple(class_names)
+        self.spec, self.class_names, self.order = spec, tuple(class_names), Order(order)
+        if self.order.name == "zipar":
+            raise UserError("order zipar decodes models of raster order: train with order raster")
         self.condition_dropout = condition_dropout
-        num_kv_heads = num_kv_heads or num_heads
-        hidden_dim = hidden_dim or swiglu_width(dim)
-
-        self.class_embedding = nn.Embedding(len(class_names) + 1, dim)  # the last one is null
+        self.condition = (
+            ClassCondition(len(class_names), dim)
+            if caption_dim is None
+            else CaptionCondition(caption_dim, caption_length, dim)
+        )
         self.token_embedding = nn.Embedding(spec.vocab_size, dim)
+        num_placeholders = self.plan().num_placeholders
+        if num_placeholders:
+            self.placeholders = nn.Embedding(num_placeholders, dim)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            Block(dim, num_heads, num_kv_heads, hidden_dim, dropout) for _ in range(depth)
-        )
-        self.norm = RMSNorm(dim, eps=1e-5)
-        # Prefix rows hold zeros instead of an angle: their keys vanish, and the prefix acts through
-        # its values alone.
-        self.register_buffer(
-            "rotary", rotary_table(spec.shape, dim // num_heads, rope_base), persistent=False
-        )
+        sizes = (num_heads, num_kv_heads or num_heads, hidden_dim or swiglu_width(dim))
+        self.blocks = nn.ModuleList(Block(dim, *sizes, dropout, norm_eps) for _ in range(depth))
+        self.norm = RMSNorm(dim, eps=norm_eps)
+        # Rows without a place (the prefix, placeholders) have zeros for an angle: their keys and
+        # queries vanish, and they act through their values alone.
+        rotary = rotary_table(spec.shape, dim // num_heads, rope_base)
+        self.register_buffer("rotary", rotary if positions == "rotary" else None, persistent=False)
+        table = sincos_table(torch.arange(self.condition.rows + spec.num_tokens), dim)
+        if positions == "learned":
+            self.position_table = nn.Parameter(torch.randn_like(table) * 0.02)
+        else:
+            table = table if positions == "fixed" else None
+            self.register_buffer("position_table", table, persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         self.head = CategoricalHead(dim, spec.vocab_size)
 
-    def plan(self) -> Plan:
-        return raster(self.spec.shape)
+    def plan(self, order: Order | None = None) -> Plan:
+        order = order or self.order
+        if order != self.order and (self.order.name, order.name) != ("raster", "zipar"):
+            raise UserError(
+                f"{type(self).__name__} was trained in order {self.order} and decodes by "
+                f"{' or '.join(self.orders)}, not by {order}"
+            )
+        return order(self.spec.shape, self.condition.rows)
 
-    def null_condition(self, condition: Int64[Tensor, "b"]) -> Int64[Tensor, "b"]:
-        return torch.full_like(condition, len(self.class_names))
+    @property
+    def orders(self) -> list[str]:
+        zips = self.order.name == "raster" and len(self.spec.shape) == 2
+        return [str(self.order), *(["zipar(s)"] if zips else [])]
+
+    def null_condition(self, condition: Condition) -> Condition:
+        return self.condition.null(condition)
+
+    def with_null(self, condition: Condition) -> Condition:
+        return self.condition.with_null(condition)
 
     def forward(
-        self, tokens: Int64[Tensor, "b *shape"], condition: Int64[Tensor, "b"]
+        self,
+        tokens: Int64[Tensor, "b *shape"],
+        condition: Condition,
+        weight: Float[Tensor, "b"] | None = None,
     ) -> GeneratorOutput:
-        """Cross-entropy over all positions, every row at once under the plan's mask."""
-        self.spec.check(tokens, type(self).__name__)
-        tokens = tokens.flatten(1)
+        """Cross-entropy over all positions, every row at once under the plan's mask; `weight`
+        counts some images more than others, or not at all."""
         if self.training:
-            dropped = torch.rand(condition.shape, device=condition.device) < self.condition_dropout
-            condition = torch.where(dropped, self.null_condition(condition), condition)
-        rows = self.plan().to(tokens.device).training
-        hidden = self.transformer(
-            self.embed(tokens, condition, rows),
-            self.positions(rows),
-            mask=None if rows.is_causal else rows.mask,
-            is_causal=rows.is_causal,
+            dropped = torch.rand(len(tokens), device=tokens.device) < self.condition_dropout
+            condition = self.condition.drop(condition, dropped)
+        hidden = self.teacher_forced(tokens, condition)
+        loss = self.head.loss(hidden, tokens.flatten(1)).mean(1)
+        if weight is None:
+            return GeneratorOutput(loss.mean())
+        return GeneratorOutput(
+            (loss * weight).sum() / weight.sum().clamp(min=1 / tokens[0].numel())
         )
-        loss = self.head.loss(rows.gather(self.norm(hidden)), tokens[:, rows.predict])
-        return GeneratorOutput(loss.mean())
 
-    def new_state(self, rows: int, plan: Plan) -> KVCache:
+    def teacher_forced(
+        self, tokens: Int64[Tensor, "b *shape"], condition: Condition
+    ) -> Float[Tensor, "b n d"]:
+        """Return the hidden state that predicts each position, in the order of the positions, given
+        the true tokens that its pass sees."""
+        self.spec.check(tokens, type(self).__name__)
+        rows = self.plan().to(tokens.device).training
+        mask = None if rows.is_causal else rows.mask
+        if mask is not None and tokens.is_cuda:
+            mask = rows.block_mask
+        padding = self.condition.hidden_rows(condition)
+        if padding is not None:
+            mask = hide(rows.mask, padding, rows.rows)
+        hidden = self.transformer(
+            self.embed(tokens.flatten(1), condition, rows),
+            self.rotary_rows(rows),
+            mask=mask,
+            is_causal=mask is None,
+        )
+        return self.predictive(hidden, rows)[:, rows.predict.argsort()]
+
+    def new_state(self, rows: int, plan: Plan) -> DecodingState:
+        plan = plan.to(self.device)
         attention = self.blocks[0].attention
-        return KVCache(
+        cache = KVCache(
             len(self.blocks),
             rows,
             attention.num_kv_heads,
-            plan.rows,
+            plan.length,
             attention.head_dim,
             self.dtype,
             self.device,
         )
+        return DecodingState(cache, {fed: self.rotary_rows(fed) for fed in plan.passes})
 
     def step(
         self,
         tokens: Int64[Tensor, "b n"],
-        condition: Int64[Tensor, "b"],
+        condition: Condition,
         fed: Pass,
-        state: KVCache,
+        state: DecodingState,
     ) -> Float[Tensor, "b s d"]:
-        mask = fed.mask
-        if mask is not None and state.filled:
-            mask = torch.cat([mask.new_ones(fed.rows, state.filled), mask], dim=1)
+        cache = state.cache
+        end = cache.filled + fed.rows if fed.sees is None else fed.sees.shape[1]
+        mask = fed.mask if fed.sees is None else fed.sees
+        if mask is not None and mask.shape[1] < end:
+            mask = torch.cat([mask.new_ones(fed.rows, cache.filled), mask], dim=1)
+        padding = self.condition.hidden_rows(condition)
+        if padding is not None:
+            mask = hide(mask, padding, end)
         hidden = self.transformer(
-            self.embed(tokens, condition, fed), self.positions(fed), mask=mask, cache=state
+            self.embed(tokens, condition, fed),
+            state.rotary[fed],
+            mask=mask,
+            cache=cache,
+            slots=fed.slots,
+            end=end,
         )
-        state.advance(fed.rows)
-        return self.norm(fed.gather(hidden))
+        if fed.slots is None:
+            cache.advance(fed.rows)
+        return self.predictive(hidden, fed)
 
     def compile_decoding(self, **options) -> None:
         # The visible prefix grows by a row a pass: one graph of dynamic length serves them all.
         self.transformer = torch.compile(self.transformer, dynamic=True, **options)
 
     def embed(
-        self, tokens: Int64[Tensor, "b n"], condition: Int64[Tensor, "b"], rows: Pass
+        self, tokens: Int64[Tensor, "b n"], condition: Condition, rows: Pass
     ) -> Float[Tensor, "b r d"]:
         parts = []
         if len(rows.condition):
-            parts.append(self.class_embedding(condition)[:, None])
+            self.condition.check(condition)
+            parts.append(self.condition(condition))
         if len(rows.tokens):
             parts.append(self.token_embedding(tokens[:, rows.tokens]))
-        return self.dropout(torch.cat(parts, dim=1))
+        if len(rows.placeholders):
+            parts.append(self.placeholders(rows.placeholders).expand(len(tokens), -1, -1))
+        x = self.dropout(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+        if self.position_table is None:
+            return x
+        placed = torch.cat([rows.condition, self.condition.rows + rows.cells])
+        return x + nn.functional.pad(self.position_table[placed], (0, 0, 0, len(rows.placeholders)))
 
-    def positions(self, rows: Pass) -> Float[Tensor, "r pairs 2"]:
-        """Rotary entries of the rows: zeros for the prefix, its own cell for each token."""
-        prefix = self.rotary.new_zeros(len(rows.condition), *self.rotary.shape[1:])
-        return torch.cat([prefix, self.rotary[rows.tokens]])
+    def rotary_rows(self, rows: Pass) -> Float[Tensor, "2 r d"] | None:
+        """Rotary factors of the rows: zeros without a place, those of its cell for each token."""
+        if self.rotary is None:
+            return None
+        return nn.functional.pad(
+            self.rotary[:, rows.cells], (0, 0, len(rows.condition), len(rows.placeholders))
+        )
 
-    def transformer(self, x: Float[Tensor, "b r d"], rotary: Tensor, **kwargs) -> Tensor:
+    def transformer(
+        self, x: Float[Tensor, "b r d"], rotary: Tensor | None, **kwargs
+    ) -> Float[Tensor, "... b r d"]:
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, layer=layer, **kwargs)
         return x
+
+    def predictive(self, hidden: Float[Tensor, "... b r d"], rows: Pass) -> Float[Tensor, "b s e"]:
+        """Return what the head makes each prediction from: here the one row that predicts it."""
+        return self.norm(hidden[:, rows.source[:, 0]])
+
+
+def hide(
+    mask: Bool[Tensor, "r end"] | None, padding: Bool[Tensor, "b l"], end: int
+) -> Bool[Tensor, "b 1 r end"]:
+    """Hide padding, the first rows of the sequence, from all rows but itself."""
+    visible = nn.functional.pad(~padding, (0, end - padding.shape[1]), value=True)[:, None, None]
+    if mask is None:
+        return visible
+    return (mask & visible) | torch.eye(*mask.shape, dtype=torch.bool, device=mask.device)

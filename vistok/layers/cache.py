@@ -1,7 +1,7 @@
 """The key-value cache of decoding: allocated once, read only as far as it is filled."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 
@@ -9,7 +9,8 @@ class KVCache:
     """Keys and values of every layer, `length` rows for each of `batch` sequences.
 
     Rows are appended in the order in which they are fed, so that what a pass may see is always a
-    prefix. The fill level is a Python number that the plan fixes in advance: no device is asked.
+    prefix; or, where a plan says so, written to slots of their own. The fill level is a Python
+    number that the plan fixes in advance: no device is asked.
     """
 
     def __init__(
@@ -46,6 +47,24 @@ class KVCache:
         memory[1, :, :, self.filled : end] = value
         return memory[0, :, :, :end], memory[1, :, :, :end]
 
+    def write(
+        self,
+        layer: int,
+        key: Float[Tensor, "b h r d"],
+        value: Float[Tensor, "b h r d"],
+        slots: Int64[Tensor, "r"],
+        end: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Store a layer's new rows in `slots` and return the rows of the slots before `end`."""
+        memory = self.memory[layer, :, : self.batch]
+        memory[0].index_copy_(2, slots, key)
+        memory[1].index_copy_(2, slots, value)
+        return memory[0, :, :, :end], memory[1, :, :, :end]
+
     def advance(self, rows: int) -> None:
         """Count rows as filled, once every layer has appended them."""
         self.filled += rows
+
+    def clear(self) -> None:
+        """Zero the memory, for plans whose passes read slots that are not yet written."""
+        self.memory.zero_()

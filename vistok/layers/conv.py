@@ -114,6 +114,7 @@ class Encoder(nn.Module):
         attention: self-attention after each block of the deepest level and in the middle.
         dropout: rate inside residual blocks.
         patch_size: side of the squares of pixels that become channels before the first level.
+        stem_width: channels of the first convolution; None for those of the first level.
     """
 
     def __init__(
@@ -124,14 +125,16 @@ class Encoder(nn.Module):
         attention: bool = True,
         dropout: float = 0.0,
         patch_size: int = 1,
+        stem_width: int | None = None,
     ):
         super().__init__()
         last = len(widths) - 1
+        stem_width = stem_width or widths[0]
         self.patch_size = patch_size
-        self.conv_in = nn.Conv2d(3 * patch_size**2, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(3 * patch_size**2, stem_width, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
             Level(
-                widths[max(i - 1, 0)],
+                widths[i - 1] if i > 0 else stem_width,
                 width,
                 num_res_blocks,
                 attention and i == last,
@@ -152,8 +155,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A grid of features to images: the mirror of `Encoder`, from the same arguments. The levels
-    run from the last width to the first, each with one block more."""
+    """A grid of features to images: the mirror of `Encoder`, from the same arguments but the stem.
+    The levels run from the last width to the first, each with one block more."""
 
     def __init__(
         self,

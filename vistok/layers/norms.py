@@ -9,5 +9,7 @@ class RMSNorm(nn.RMSNorm):
     result is cast to the input's dtype before the weight multiplies it, as in Llama."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype == torch.float32:
+            return torch.nn.functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         normed = torch.nn.functional.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
         return normed.to(x.dtype) * self.weight

@@ -1,7 +1,8 @@
 """The Llama block (Touvron et al., 2023): pre-norm attention with rotary positions, and SwiGLU."""
 
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from vistok.layers.cache import KVCache
@@ -23,25 +24,32 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b r d"],
-        rotary: Float[Tensor, "r pairs 2"],
-        mask: Tensor | None = None,
+        rotary: Float[Tensor, "2 r hd"] | None = None,
+        mask: Tensor | BlockMask | None = None,
         is_causal: bool = False,
         cache: KVCache | None = None,
         layer: int = 0,
+        slots: Int64[Tensor, "r"] | None = None,
+        end: int = 0,
     ) -> Float[Tensor, "b r d"]:
+        """`mask` is true where a row (next to last axis) sees a key (last axis); with `cache`, keys
+        are its rows: all, or with `slots` those before `end`."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        query, key, value = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
-        query, key = rotate(query, rotary), rotate(key, rotary)
-        if cache is not None:
+        turned, value = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], 1)
+        if rotary is not None:
+            turned = rotate(turned, rotary)
+        query, key = turned.split([self.num_heads, self.num_kv_heads], 1)
+        if cache is not None and slots is not None:
+            key, value = cache.write(layer, key, value, slots, end)
+        elif cache is not None:
             key, value = cache.append(layer, key, value)
-        mixed = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=is_causal,
-            enable_gqa=self.num_kv_heads < self.num_heads,
-        )
+        grouped = self.num_kv_heads < self.num_heads
+        if isinstance(mask, BlockMask):
+            mixed = flex_attention(query, key, value, block_mask=mask, enable_gqa=grouped)
+        else:
+            mixed = scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
+            )
         return self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
 
 
@@ -63,12 +71,18 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(
-        self, dim: int, num_heads: int, num_kv_heads: int, hidden_dim: int, dropout: float
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        hidden_dim: int,
+        dropout: float,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
-        self.attention_norm = RMSNorm(dim, eps=1e-5)
+        self.attention_norm = RMSNorm(dim, eps=norm_eps)
         self.attention = Attention(dim, num_heads, num_kv_heads, dropout)
-        self.feed_forward_norm = RMSNorm(dim, eps=1e-5)
+        self.feed_forward_norm = RMSNorm(dim, eps=norm_eps)
         self.feed_forward = SwiGLU(dim, hidden_dim, dropout)
 
     def forward(self, x: Float[Tensor, "b r d"], *args, **kwargs) -> Float[Tensor, "b r d"]:

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 
 class SelfAttention(nn.Module):
-    """Full multi-head attention with biases."""
+    """Full multi-head attention; `qkv_bias` says whether queries, keys and values have biases."""
 
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int, qkv_bias: bool = True):
         super().__init__()
         self.num_heads = num_heads
-        self.in_proj = nn.Linear(width, 3 * width)
+        self.in_proj = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
@@ -35,10 +35,10 @@ class Mlp(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention, then MLP, each after LayerNorm and added to its input."""
 
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int, qkv_bias: bool = True):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = SelfAttention(width, num_heads)
+        self.attn = SelfAttention(width, num_heads, qkv_bias)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = Mlp(width)
 

@@ -1,6 +1,8 @@
-"""The patch adversary of VQGAN (Isola et al., 2016, arXiv:1611.07004; Esser et al., 2021,
-arXiv:2012.09841)."""
+"""The adversaries of VQGAN (Esser et al., 2021, arXiv:2012.09841) and LlamaGen (Sun et al., 2024,
+arXiv:2406.06525), and the losses of both sides."""
 
+import math
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -8,11 +10,24 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Adversary = Literal["hinge", "vanilla"]
+from vistok.errors import UserError
+
+DiscriminatorForm = Literal["hinge", "vanilla", "non-saturating"]
+GeneratorForm = Literal["hinge", "non-saturating"]
 
 
-class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches: images to a map of logits, higher for real.
+class Discriminator(nn.Module):
+    """Images in [0, 1] to logits, higher for real."""
+
+    def check_images(self, images: Float[Tensor, "b 3 h w"]) -> None:
+        """Raise `UserError` for images of a size that it cannot judge."""
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b *logits"]:
+        raise NotImplementedError
+
+
+class PatchDiscriminator(Discriminator):
+    """Judges overlapping patches, one logit each (Isola et al., 2016, arXiv:1611.07004).
 
     Args:
         channels: width after the first convolution; it doubles up to eightfold.
@@ -21,6 +36,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, channels: int = 64, num_layers: int = 3):
         super().__init__()
+        self.min_side = 3 * 2**num_layers
         widths = [channels * min(2**n, 8) for n in range(num_layers + 1)]
         layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for n in range(1, num_layers + 1):
@@ -34,21 +50,122 @@ class PatchDiscriminator(nn.Module):
         self.main = nn.Sequential(*layers)
         self.apply(_initialise)
 
+    def check_images(self, images: Float[Tensor, "b 3 h w"]) -> None:
+        if min(images.shape[-2:]) < self.min_side:
+            raise UserError(
+                f"PatchDiscriminator: got images {tuple(images.shape)}, expected sides of at least "
+                f"{self.min_side} pixels; fewer num_layers judge smaller ones"
+            )
+
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 ph pw"]:
         return self.main(2 * images - 1)
 
 
-def generator_loss(fake: Float[Tensor, "*logits"]) -> Float[Tensor, ""]:
-    """Return the loss of the generator for both adversaries: raise the logits."""
-    return -fake.float().mean()
+class StyleGANDiscriminator(Discriminator):
+    """Judges whole images of one size by residual blocks down to 4x4 (Karras et al., 2020,
+    arXiv:1912.04958), without their equalised learning rate and minibatch statistics.
+
+    Args:
+        image_size: pixels of a side, a power of two.
+        max_channels: width at 32x32 and below; it halves with each doubling of the side from there.
+    """
+
+    def __init__(self, image_size: int = 256, max_channels: int = 512):
+        super().__init__()
+        if image_size < 4 or image_size & (image_size - 1):
+            raise UserError(
+                f"StyleGANDiscriminator: image_size {image_size} must be a power of two from 4"
+            )
+        self.image_size = image_size
+        sides = [image_size >> n for n in range(int(math.log2(image_size)) - 1)]  # ..., 8, 4
+        widths = [min(max_channels, 32 * max_channels // side) for side in sides]
+        self.blocks = nn.Sequential(
+            nn.Conv2d(3, widths[0], 3, padding=1),
+            nn.LeakyReLU(0.2),
+            *(HalvingBlock(wide, narrow) for wide, narrow in pairwise(widths)),
+        )
+        self.final_conv = nn.Sequential(
+            nn.Conv2d(widths[-1], widths[-1], 3, padding=1), nn.LeakyReLU(0.2)
+        )
+        self.final_linear = nn.Sequential(
+            nn.Linear(16 * widths[-1], widths[-1]), nn.LeakyReLU(0.2), nn.Linear(widths[-1], 1)
+        )
+
+    def check_images(self, images: Float[Tensor, "b 3 h w"]) -> None:
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise UserError(
+                f"StyleGANDiscriminator: got images {tuple(images.shape)}, its image_size is "
+                f"{self.image_size}"
+            )
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1"]:
+        return self.final_linear(self.final_conv(self.blocks(2 * images - 1)).flatten(1))
+
+
+class HalvingBlock(nn.Module):
+    """Three convolutions, of which the last, behind a blur, halves the side, beside a 1x1 one."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv_res = nn.Conv2d(in_channels, out_channels, 1, stride=2)
+        self.net = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            nn.LeakyReLU(0.2),
+        )
+        self.downsample = nn.Sequential(
+            Blur(), nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1)
+        )
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        return (self.downsample(self.net(x)) + self.conv_res(x)) / math.sqrt(2)
+
+
+class Blur(nn.Module):
+    """Each channel by the outer product of (1, 2, 1) / 4 with itself; borders are mirrored."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("f", torch.tensor([1.0, 2.0, 1.0]))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        kernel = torch.outer(self.f, self.f) / self.f.sum().square()
+        channels = x.shape[1]
+        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        return F.conv2d(padded, kernel.to(x.dtype).expand(channels, 1, 3, 3), groups=channels)
+
+
+def generator_loss(
+    fake: Float[Tensor, "*logits"], form: GeneratorForm = "hinge"
+) -> Float[Tensor, ""]:
+    """Return the loss that raises the logits of fake images.
+
+    `non-saturating` is LlamaGen's, whose cross-entropy has logits and targets exchanged: a constant
+    above `hinge`, with the same gradient.
+    """
+    fake = fake.float()
+    return -fake.mean() if form == "hinge" else _exchanged_cross_entropy(fake, 1.0)
 
 
 def discriminator_loss(
-    real: Float[Tensor, "*logits"], fake: Float[Tensor, "*logits"], kind: Adversary
+    real: Float[Tensor, "*logits"],
+    fake: Float[Tensor, "*logits"],
+    form: DiscriminatorForm = "hinge",
 ) -> Float[Tensor, ""]:
-    """Return the mean of the losses of real and fake logits."""
-    penalty = (lambda x: F.relu(1 + x)) if kind == "hinge" else F.softplus
-    return 0.5 * (penalty(-real.float()).mean() + penalty(fake.float()).mean())
+    """Return the mean of the losses of real and fake logits.
+
+    `non-saturating` is LlamaGen's, whose cross-entropy has logits and targets exchanged: the term
+    of fake logits is constant, so that they teach nothing. No published model used it.
+    """
+    real, fake = real.float(), fake.float()
+    if form == "non-saturating":
+        terms = _exchanged_cross_entropy(real, 1.0), _exchanged_cross_entropy(fake, 0.0)
+    elif form == "hinge":
+        terms = F.relu(1 - real).mean(), F.relu(1 + fake).mean()
+    else:
+        terms = F.softplus(-real).mean(), F.softplus(fake).mean()
+    return 0.5 * sum(terms)
 
 
 def adaptive_weight(
@@ -61,6 +178,11 @@ def adaptive_weight(
         for term in (loss, adversarial)
     )
     return (wanted / (given + 1e-4)).clamp(0, 1e4).detach()
+
+
+def _exchanged_cross_entropy(logits: Tensor, constant: float) -> Float[Tensor, ""]:
+    """Return the binary cross-entropy of a constant logit against the logits as its targets."""
+    return F.binary_cross_entropy_with_logits(torch.full_like(logits, constant), logits)
 
 
 def _initialise(module: nn.Module) -> None:

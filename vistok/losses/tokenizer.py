@@ -17,7 +17,8 @@ Terms = dict[str, Float[Tensor, ""]]
 class TokenizerLoss(nn.Module):
     """Reconstruction, perceptual and adversarial losses, beside the quantizer's own.
 
-    `discriminator` is None unless `adversarial_weight` is positive; it has its own optimiser.
+    Weights are those of losses of [0, 1] images: see `ReconstructionLoss` for recipes in [-1, 1].
+    `discriminator` has its own optimiser; it is None unless `adversarial_weight` is positive.
 
     Args:
         reconstruction: distance of pixels.
@@ -26,11 +27,11 @@ class TokenizerLoss(nn.Module):
         lpips_weights: VGG-16 file for LPIPS; see `LPIPS`.
         adversarial_weight: weight of the adversary in the tokenizer's loss.
         adversarial_start: step at which the adversary sets in.
-        adversarial: form of the discriminator's loss.
         adaptive: multiply the adversary's weight by the ratio of gradients at the last layer.
+        discriminator: the adversary; None for `PatchDiscriminator()`.
         discriminator_weight: weight of the discriminator's own loss.
-        discriminator_channels: width of the discriminator.
-        discriminator_layers: its depth.
+        generator_form: what the tokenizer minimises against the adversary.
+        discriminator_form: what the adversary minimises.
     """
 
     def __init__(
@@ -41,26 +42,25 @@ class TokenizerLoss(nn.Module):
         lpips_weights: str | Path | None = None,
         adversarial_weight: float = 0.0,
         adversarial_start: int = 20_000,
-        adversarial: gan.Adversary = "hinge",
         adaptive: bool = False,
+        discriminator: gan.Discriminator | None = None,
         discriminator_weight: float = 1.0,
-        discriminator_channels: int = 64,
-        discriminator_layers: int = 3,
+        generator_form: gan.GeneratorForm = "hinge",
+        discriminator_form: gan.DiscriminatorForm = "hinge",
     ):
         super().__init__()
         self.reconstruction_weight = reconstruction_weight
         self.perceptual_weight = perceptual_weight
         self.adversarial_weight = adversarial_weight
         self.adversarial_start = adversarial_start
-        self.adversarial = adversarial
         self.adaptive = adaptive
         self.discriminator_weight = discriminator_weight
+        self.generator_form = generator_form
+        self.discriminator_form = discriminator_form
         self.reconstruction = ReconstructionLoss(reconstruction)
         self.perceptual = LPIPS(lpips_weights) if perceptual_weight > 0 else None
         self.discriminator = (
-            gan.PatchDiscriminator(discriminator_channels, discriminator_layers)
-            if adversarial_weight > 0
-            else None
+            discriminator or gan.PatchDiscriminator() if adversarial_weight > 0 else None
         )
 
     def is_adversarial(self, step: int) -> bool:
@@ -76,6 +76,8 @@ class TokenizerLoss(nn.Module):
         last_layer: nn.Parameter,
     ) -> tuple[Float[Tensor, ""], Terms]:
         """Return the tokenizer's loss and its terms, each as weighted in the sum."""
+        if self.discriminator is not None:
+            self.discriminator.check_images(images)  # at once, not when it sets in
         reconstruction = reconstruction.float()
         terms = {
             "reconstruction": self.reconstruction_weight
@@ -85,7 +87,9 @@ class TokenizerLoss(nn.Module):
             distance = self.perceptual(images, reconstruction).mean()
             terms["perceptual"] = self.perceptual_weight * distance
         if self.is_adversarial(step):
-            adversarial = gan.generator_loss(self._judged_frozen(reconstruction))
+            adversarial = gan.generator_loss(
+                self._judged_frozen(reconstruction), self.generator_form
+            )
             weight = self.adversarial_weight
             if self.adaptive:
                 weight = weight * gan.adaptive_weight(sum(terms.values()), adversarial, last_layer)
@@ -106,7 +110,7 @@ class TokenizerLoss(nn.Module):
         # Two passes, since batch statistics of real and fake images differ.
         real, fake = discriminator(images), discriminator(reconstruction.detach().float())
         weight = self.discriminator_weight if self.is_adversarial(step) else 0.0
-        total = weight * gan.discriminator_loss(real, fake, self.adversarial)
+        total = weight * gan.discriminator_loss(real, fake, self.discriminator_form)
         terms = {"discriminator": total, "logits_real": real.mean(), "logits_fake": fake.mean()}
         return total, _detached(terms)
 

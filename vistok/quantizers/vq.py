@@ -59,7 +59,7 @@ class VQ(Quantizer):
     def forward(self, latents: Float[Tensor, "*positions d"]) -> Quantized:
         latents, codes = self._normalised(latents), self._codes()
         similarities = _similarities(latents, codes)
-        ids = similarities.argmax(-1)
+        ids = self._choose(similarities)
         quantised = F.embedding(ids, codes)
         losses = {
             "codebook": self.codebook_weight * F.mse_loss(quantised, latents.detach()),
@@ -72,7 +72,7 @@ class VQ(Quantizer):
         return Quantized(quantised, ids, losses, *code_statistics(ids, self.vocab_size))
 
     def encode(self, latents: Float[Tensor, "*positions d"]) -> Int64[Tensor, "*positions"]:
-        return _similarities(self._normalised(latents), self._codes()).argmax(-1)
+        return self._similarities(latents).argmax(-1)
 
     def decode(self, ids: Int64[Tensor, "*positions"]) -> Float[Tensor, "*positions d"]:
         return F.embedding(ids, self._codes())
@@ -91,6 +91,14 @@ class VQ(Quantizer):
         nearest = latents[_similarities(codes, compared).argmax(-1)]
         replaced = torch.exp(-10 * self.embed_prob * self.vocab_size / (1 - USAGE_DECAY) - 1e-3)
         self.embedding.weight.lerp_(nearest.to(self.embedding.weight), replaced.unsqueeze(-1))
+
+    def _choose(self, similarities: Float[Tensor, "*positions k"]) -> Int64[Tensor, "*positions"]:
+        return similarities.argmax(-1)
+
+    def _similarities(
+        self, latents: Float[Tensor, "*positions d"]
+    ) -> Float[Tensor, "*positions k"]:
+        return _similarities(self._normalised(latents), self._codes())
 
     def _normalised(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors.float(), dim=-1) if self.l2_normalise else vectors.float()

@@ -2,6 +2,7 @@
 
 from vistok.tokenizers.base import QuantizedTokenizer, Tokenizer, TokenizerOutput
 from vistok.tokenizers.conv import ConvTokenizer
+from vistok.tokenizers.larp import LARP
 from vistok.tokenizers.titok import TiTok
 
-__all__ = ["ConvTokenizer", "QuantizedTokenizer", "TiTok", "Tokenizer", "TokenizerOutput"]
+__all__ = ["LARP", "ConvTokenizer", "QuantizedTokenizer", "TiTok", "Tokenizer", "TokenizerOutput"]

@@ -20,7 +20,7 @@ class TokenizerOutput:
     quantised, for `update_codebook`.
     """
 
-    reconstruction: Float[Tensor, "b 3 h w"]
+    reconstruction: Float[Tensor, "b 3 *size"]
     tokens: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
     usage: dict[str, Tensor] = field(default_factory=dict)
@@ -28,23 +28,30 @@ class TokenizerOutput:
 
 
 class Tokenizer(Model):
-    """Images in [0, 1] to tokens and back.
+    """Images (B, 3, H, W), or videos (B, 3, T, H, W), in [0, 1] to tokens and back.
 
-    Attributes: `image_size`, (height, width) in pixels; `spec`, the tokens of one image.
+    Attributes: `image_size`, (height, width) in pixels; `frames`, of a video, None for images;
+    `spec`, the tokens of one image or video.
     """
 
     image_size: tuple[int, int]
+    frames: int | None = None
     spec: TokenSpec
 
-    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Tensor:
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one image or video: (3, height, width) or (3, frames, height, width)."""
+        return (3, *self.image_size) if self.frames is None else (3, self.frames, *self.image_size)
+
+    def encode(self, images: Float[Tensor, "b 3 *size"]) -> Tensor:
         """Return the tokens, shaped as `spec` says."""
         raise NotImplementedError
 
-    def decode(self, tokens: Tensor) -> Float[Tensor, "b 3 h w"]:
+    def decode(self, tokens: Tensor) -> Float[Tensor, "b 3 *size"]:
         """Return images clamped to [0, 1]."""
         raise NotImplementedError
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> TokenizerOutput:
+    def forward(self, images: Float[Tensor, "b 3 *size"]) -> TokenizerOutput:
         raise NotImplementedError
 
     def update_codebook(self, latents: Tensor) -> None:
@@ -56,11 +63,11 @@ class Tokenizer(Model):
         raise NotImplementedError
 
     def check_images(self, images: Tensor) -> None:
-        """Raise `UserError` unless `images` are (B, 3, *image_size)."""
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.image_size):
+        """Raise `UserError` unless `images` are (B, *input_shape)."""
+        if tuple(images.shape[1:]) != self.input_shape:
             raise UserError(
-                f"{type(self).__name__}: got images {tuple(images.shape)}, expected "
-                f"(B, 3, {self.image_size[0]}, {self.image_size[1]})"
+                f"{type(self).__name__}: got {'images' if self.frames is None else 'videos'} "
+                f"{tuple(images.shape)}, expected (B, {', '.join(map(str, self.input_shape))})"
             )
 
 
@@ -71,22 +78,22 @@ class QuantizedTokenizer(Tokenizer):
 
     quantizer: Quantizer
 
-    def to_latents(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b *positions d"]:
+    def to_latents(self, images: Float[Tensor, "b 3 *size"]) -> Float[Tensor, "b *positions d"]:
         """Return what the quantizer takes, channels last."""
         raise NotImplementedError
 
-    def to_images(self, latents: Float[Tensor, "b *positions d"]) -> Float[Tensor, "b 3 h w"]:
+    def to_images(self, latents: Float[Tensor, "b *positions d"]) -> Float[Tensor, "b 3 *size"]:
         """Return images of scale [0, 1], not clamped."""
         raise NotImplementedError
 
-    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Int64[Tensor, "b *positions"]:
+    def encode(self, images: Float[Tensor, "b 3 *size"]) -> Int64[Tensor, "b *positions"]:
         return self.quantizer.encode(self._checked_latents(images))
 
-    def decode(self, tokens: Int64[Tensor, "b *positions"]) -> Float[Tensor, "b 3 h w"]:
+    def decode(self, tokens: Int64[Tensor, "b *positions"]) -> Float[Tensor, "b 3 *size"]:
         self.spec.check(tokens, type(self).__name__)
         return self._reconstructed(self.quantizer.decode(tokens)).clamp(0, 1)
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> TokenizerOutput:
+    def forward(self, images: Float[Tensor, "b 3 *size"]) -> TokenizerOutput:
         latents = self._checked_latents(images)
         result = self.quantizer(latents)
         return TokenizerOutput(

@@ -23,7 +23,7 @@ class ConvTokenizer(QuantizedTokenizer):
     Args:
         quantizer: the codes of a grid cell.
         image_size: pixels of a side, or (height, width).
-        channels: width at full resolution, before its multiplier.
+        channels: width of the encoder's first convolution, and what the multipliers multiply.
         channel_multipliers: width of each level of the encoder, from full resolution down; each
             level but the last halves the resolution.
         decoder_channel_multipliers: the same for the decoder; None for the encoder's.
@@ -66,7 +66,7 @@ class ConvTokenizer(QuantizedTokenizer):
         self.image_size = (height, width)
         self.spec = TokenSpec.ids((height // factor, width // factor), quantizer.vocab_size)
         shared = (z_channels, num_res_blocks, attention, dropout, patch_size)
-        self.encoder = Encoder([channels * m for m in channel_multipliers], *shared)
+        self.encoder = Encoder([channels * m for m in channel_multipliers], *shared, channels)
         self.quant_conv = nn.Conv2d(z_channels, quantizer.dim, 1)
         self.quantizer = quantizer
         self.post_quant_conv = nn.Conv2d(quantizer.dim, z_channels, 1)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from vistok.data import EvaluationImages, shard_range
+from vistok.data import HeldOut, shard_range
 from vistok.training.processes import together
 
 
@@ -21,7 +21,7 @@ def spread(size: int, count: int) -> list[int]:
 
 
 def held_out_batches(
-    accelerator: Accelerator, data: EvaluationImages, indices: Sequence[int], batch_size: int = 32
+    accelerator: Accelerator, data: HeldOut, indices: Sequence[int], batch_size: int = 32
 ) -> Iterator[dict[str, Tensor]]:
     """Yield batches of held-out images on the device."""
     for start in range(0, len(indices), batch_size):
@@ -32,7 +32,7 @@ def held_out_batches(
 @torch.no_grad()
 def held_out_means(
     accelerator: Accelerator,
-    data: EvaluationImages,
+    data: HeldOut,
     count: int,
     scores: Callable[[dict[str, Tensor]], dict[str, Float[Tensor, "b"]]],
 ) -> dict[str, float]:

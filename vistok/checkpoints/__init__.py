@@ -1,0 +1,1 @@
+"""Published weights to ours: one importer per source."""

@@ -1,0 +1,65 @@
+"""vistok import: published weights as a vistok checkpoint.
+
+vistok import llamagen vq_ds16_c2i.pt --out runs/llamagen-l --options.image_size 384
+vistok import llamagen c2i_L_384.pt --out runs/llamagen-l --options.shape "[24,24]"
+vistok import nar c2i_B.pt --out runs/nar-b
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from vistok.checkpoints import llamagen, larp
+from vistok.checkpoints.files import ENTRIES, read_weights
+from vistok.decoding import Decoding, Order, Schedule
+from vistok.errors import UserError
+from vistok.pipelines import DECODING
+from vistok.tokenizers import Tokenizer
+
+# PAR and NAR publish LlamaGen's layout, and use its tokenizers.
+IMPORTERS = {
+    "llamagen": llamagen.convert,
+    "par": llamagen.convert,
+    "nar": llamagen.convert,
+    "larp": larp.tokenizer,
+}
+
+
+def main(
+    system: Literal["llamagen", "par", "nar", "larp"],
+    weights: str,
+    out: str,
+    options: dict[str, Any] | None = None,
+    entries: list[str] | None = None,
+    plan: Order | None = None,
+    guidance: Schedule | None = None,
+) -> None:
+    """Turn published weights into a checkpoint, checking that every tensor fits.
+
+    Args:
+        system: whose weights they are
+        weights: .pt, .pth, .bin, .ckpt or .safetensors file
+        out: directory of the checkpoint; the model goes into its tokenizer/ or generator/
+        options: what the file does not tell, as --options.NAME VALUE; for tokenizers image_size,
+            for generators shape (of the tokens, 16x16 by default), num_heads, class_names, ...
+        entries: entries of the file of which the first present is taken, as '["ema", "model"]'
+        plan: how the generator decodes where it is not told otherwise
+        guidance: likewise
+    """
+    convert = IMPORTERS[system]
+    state = read_weights(weights, entries or ENTRIES)
+    try:
+        model = convert(state, where=weights, **(options or {}))
+    except TypeError as error:
+        raise UserError(f"--options {options}: {error}") from error
+    part = "tokenizer" if isinstance(model, Tokenizer) else "generator"
+    if part == "generator":
+        model.plan(plan)  # raises before anything is written
+    model.save_pretrained(Path(out, part))
+    if part == "generator":
+        decoding = Decoding().changed(plan=plan, guidance=guidance)
+        Path(out, DECODING).write_text(json.dumps(decoding.to_dict(), indent=2) + "\n")
+    print(
+        f"{weights}: {type(model).__name__}, {model.num_parameters():,} parameters, "
+        f"{model.spec}: {Path(out, part)}"
+    )

@@ -1,0 +1,260 @@
+"""Orders: pure functions of the token shape that make plans.
+
+N is the number of positions, h x w a grid, T the number of condition rows, which are causal among
+themselves. Rows of one pass share a rank and see each other; later ranks see earlier ones.
+"""
+
+import inspect
+import math
+from dataclasses import replace
+from functools import lru_cache
+from itertools import pairwise, product
+
+import torch
+
+from vistok.decoding.plans import Pass, Plan
+from vistok.decoding.spelling import read_call
+from vistok.errors import UserError
+
+
+class Order:
+    """An order of decoding by its spelling, alike in Python, configs and on the command line:
+
+    - `raster`: row by row, one token a pass, N passes (LlamaGen; sequences of 1D tokenizers);
+    - `diagonal`: along the anti-diagonals in zig-zag, one token a pass, N passes (DAR);
+      `diagonal(flip)` takes the other turn first;
+    - `random(7)`: by the permutation of that seed, one token a pass, N passes;
+    - `par(4)`: regions in parallel, n + N/n - 1 passes for n regions (PAR);
+    - `nar`: all neighbours of what is known, h + w - 1 passes, t + h + w - 2 for video (NAR);
+    - `zipar(16)`: for models trained in raster order, each row behind the one above by a window s,
+      2w + (h - 2)s passes; `zipar(16,masked)` hides slots not yet written (ZipAR).
+
+    `order(shape)` returns the plan. Raises `UserError` for any other spelling, and for a shape that
+    does not fit.
+    """
+
+    def __init__(self, spelling: "str | Order"):
+        text = str(spelling)
+        self.name, self.arguments = read_call(text, "order", _ORDERS)
+        taken = list(inspect.signature(_ORDERS[self.name]).parameters.values())[2:]
+        required = sum(p.default is p.empty for p in taken)
+        if not required <= len(self.arguments) <= len(taken):
+            names = ", ".join(p.name for p in taken) or "nothing"
+            raise UserError(f"order '{text}': {self.name} takes {names} in brackets")
+        for i, (argument, parameter) in enumerate(zip(self.arguments, taken, strict=False)):
+            if parameter.annotation is int:
+                try:
+                    self.arguments[i] = int(argument)
+                except ValueError:
+                    raise UserError(
+                        f"order '{text}': {parameter.name} must be a whole number"
+                    ) from None
+
+    def __call__(self, shape: tuple[int, ...], condition_rows: int = 1) -> Plan:
+        return _ORDERS[self.name](tuple(shape), condition_rows, *self.arguments)
+
+    def __str__(self) -> str:
+        inside = ",".join(map(str, self.arguments))
+        return f"{self.name}({inside})" if inside else self.name
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Order) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+
+def _plan(order):
+    """Keep the plans that an order makes: sampling and training ask for the same ones again."""
+    return lru_cache(maxsize=64)(torch.inference_mode(False)(order))
+
+
+@_plan
+def raster(shape: tuple[int, ...], condition_rows: int = 1) -> Plan:
+    """The positions as they are numbered."""
+    return _along("raster", shape, condition_rows, range(math.prod(shape)))
+
+
+@_plan
+def diagonal(shape: tuple[int, ...], condition_rows: int = 1, flip: str = "") -> Plan:
+    """DAR's path (Xu et al., 2025, arXiv:2503.11129): anti-diagonals in turn upwards and downwards,
+    so that each cell touches the one before."""
+    if flip not in ("", "flip"):
+        raise UserError(f"order 'diagonal({flip})': takes 'flip' or nothing in brackets")
+    height, width = _grid(shape, "diagonal")
+    path = []
+    for d in range(height + width - 1):
+        rows = range(max(0, d - width + 1), min(height, d + 1))
+        downwards = (d % 2 == 1) != bool(flip)
+        path += [r * width + d - r for r in (rows if downwards else reversed(rows))]
+    return _along("diagonal", shape, condition_rows, path)
+
+
+@_plan
+def random(shape: tuple[int, ...], condition_rows: int = 1, seed: int = 0) -> Plan:
+    """One permutation for all images."""
+    generator = torch.Generator().manual_seed(seed)
+    path = torch.randperm(math.prod(shape), generator=generator).tolist()
+    return _along("random", shape, condition_rows, path)
+
+
+@_plan
+def par(shape: tuple[int, ...], condition_rows: int = 1, regions: int = 4) -> Plan:
+    """PAR (Wang et al., 2024, arXiv:2412.15119): the first cell of each of n square-many regions
+    one by one, then one cell of every region at once, cells and regions in raster order. n - 1
+    learned placeholders stand beside the last first cell where prediction turns from the next token
+    to the next group. The regions of a video span all frames.
+    """
+    side = math.isqrt(regions)
+    if side * side != regions or side == 0 or len(shape) < 2 or any(n % side for n in shape[-2:]):
+        raise UserError(
+            f"order 'par({regions})': needs a square number of regions that divide a grid evenly, "
+            f"not {'x'.join(map(str, shape))}"
+        )
+    # (..., side, h/side, side, w/side) -> cells x regions
+    grid = torch.arange(math.prod(shape)).view(-1, side, shape[-2] // side, side, shape[-1] // side)
+    groups = grid.permute(0, 2, 4, 1, 3).reshape(-1, regions).tolist()
+    first, prefix = groups[0], list(range(condition_rows))
+    passes = [_next_token(prefix, [], 0, first[0])]
+    rank = condition_rows
+    for before, after in pairwise(first):
+        passes.append(_next_token([], [before], rank, after))
+        rank += 1
+    for index, (before, after) in enumerate(pairwise(groups)):
+        fed = (
+            {"tokens": before[-1:], "placeholders": range(regions - 1)}
+            if index == 0
+            else {"tokens": before}
+        )
+        passes.append(Pass.of([rank] * regions, after, [[i] for i in range(regions)], **fed))
+        rank += 1
+    return Plan("par", shape, tuple(passes))
+
+
+@_plan
+def nar(shape: tuple[int, ...], condition_rows: int = 1) -> Plan:
+    """NAR (He et al., 2025, arXiv:2503.10696): all positions of equal distance to the first at
+    once. One head for each axis predicts the next position along it, the last axis first (right,
+    below, next frame); a position with several known neighbours takes the mean.
+    """
+    axes = len(shape)
+    strides = [math.prod(shape[a + 1 :]) for a in range(axes)]
+    planes = [[] for _ in range(sum(shape) - axes + 1)]
+    for index, cell in enumerate(product(*map(range, shape))):
+        planes[sum(cell)].append((index, cell))
+    passes = [
+        Pass.of(
+            rank=range(condition_rows),
+            condition=range(condition_rows),
+            predict=[0],
+            source=[[condition_rows - 1] * axes],
+            head=[list(range(axes))],
+            weight=[[1 / axes] * axes],
+        )
+    ]
+    for distance, (before, after) in enumerate(pairwise(planes)):
+        row_of = {index: row for row, (index, _) in enumerate(before)}
+        source, head, weight = [], [], []
+        for index, cell in after:
+            known = [a for a in reversed(range(axes)) if cell[a] > 0]
+            idle = [0] * (axes - len(known))
+            source.append([row_of[index - strides[a]] for a in known] + idle)
+            head.append([axes - 1 - a for a in known] + idle)
+            weight.append([1 / len(known)] * len(known) + [0.0] * len(idle))
+        passes.append(
+            Pass.of(
+                rank=[condition_rows + distance] * len(before),
+                tokens=[index for index, _ in before],
+                predict=[index for index, _ in after],
+                source=source,
+                head=head,
+                weight=weight,
+            )
+        )
+    return Plan("nar", shape, tuple(passes))
+
+
+@_plan
+def zipar(
+    shape: tuple[int, ...], condition_rows: int = 1, window: int = 16, unwritten: str = ""
+) -> Plan:
+    """ZipAR (He et al., 2024, arXiv:2412.04062): rows of a raster-trained model side by side. Row 0
+    comes first, row 1 follows it, each further row starts `window` passes after the one above.
+
+    A row that starts knows no end of the row above: the newest token of the row two above stands in
+    for it, in its slot, until the true one is known and fed. As in the released code, slots of the
+    rows above that are not yet written hold zeros and are attended to, unless `masked`. Windows of
+    the grid's width and more, and below 1, are raster order.
+    """
+    height, width = _grid(shape, "zipar")
+    if unwritten not in ("", "masked"):
+        raise UserError(f"order 'zipar({window},{unwritten})': takes 'masked' or nothing there")
+    first_rows = raster(shape, condition_rows)
+    if not 1 <= window < width or height == 1:
+        return first_rows
+    passes = list(first_rows.passes[:width])
+    written = torch.zeros(condition_rows + height * width, dtype=torch.bool)
+    written[: condition_rows + width - 1] = True
+    for time in range((height - 2) * window + width):
+        tokens, cells, predict = [], [], []
+        for row in range(1, height):
+            column = time - (row - 1) * window
+            before = row * width + column - 1  # the cell to the left, or the end of the row above
+            if column == width and row < height - 1:
+                tokens.append(before)  # fed for the rows below alone
+                cells.append(before)
+            if 0 <= column < width:
+                stands_in = column == 0 and row > 1
+                newest = width - 1 if row == 2 else (row - 2) * width + min(2 * window, width) - 1
+                tokens.append(newest if stands_in else before)
+                cells.append(before)
+                predict.append(before + 1)
+        slots = condition_rows + torch.tensor(cells)
+        written[slots] = True
+        end = int(slots.max()) + 1
+        sees = torch.arange(end) <= slots[:, None]
+        if unwritten == "masked":
+            sees &= written[:end]
+        fed = Pass.of(
+            rank=[len(passes) + condition_rows - 1] * len(tokens),
+            tokens=tokens,
+            cells=cells,
+            predict=predict,
+            source=[[i] for i in range(len(tokens) - len(predict), len(tokens))],
+        )
+        passes.append(replace(fed, slots=slots, sees=sees))
+    return Plan("zipar", shape, tuple(passes))
+
+
+_ORDERS = {order.__name__: order for order in (raster, diagonal, random, par, nar, zipar)}
+
+
+def _next_token(condition: list[int], fed: list[int], rank: int, predict: int) -> Pass:
+    """A pass whose last row predicts one position."""
+    rows = len(condition) + len(fed)
+    return Pass.of(
+        rank=range(rank, rank + rows),
+        condition=condition,
+        tokens=fed,
+        predict=[predict],
+        source=[[rows - 1]],
+    )
+
+
+def _along(name: str, shape: tuple[int, ...], condition_rows: int, path) -> Plan:
+    """One token a pass, each predicted from the one before."""
+    path = list(path)
+    first = _next_token(list(range(condition_rows)), [], 0, path[0])
+    rest = [
+        _next_token([], [before], condition_rows + t, after)
+        for t, (before, after) in enumerate(pairwise(path))
+    ]
+    return Plan(name, shape, (first, *rest))
+
+
+def _grid(shape: tuple[int, ...], order: str) -> tuple[int, int]:
+    if len(shape) != 2:
+        raise UserError(f"order '{order}': needs a grid (h, w), not {'x'.join(map(str, shape))}")
+    return shape
