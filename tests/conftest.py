@@ -20,6 +20,7 @@ install_import_hook(
         "vistok.losses",
         "vistok.metrics",
         "vistok.quantizers",
+        "vistok.text",
         "vistok.tokenizers",
         "vistok.training",
     ],
@@ -27,6 +28,27 @@ install_import_hook(
 )
 
 import torch  # noqa: E402 - after the thread count is set
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tmp_path_factory) -> str:
+    """Directory of a T5 of 16 channels that reads letters."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("text-encoder")
+    letters = ["<pad>", "</s>", "<unk>", " ", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", None, [("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+    T5EncoderModel(T5Config(vocab_size=len(letters), **sizes)).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(autouse=True)

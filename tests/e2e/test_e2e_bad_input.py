@@ -123,6 +123,33 @@ CASES = {
         lambda p: generate(p, p.good, "--classes", '["Flgs"]'),
         "did you mean 'Flags'",
     ),
+    "prompts for a class-conditional model": (
+        lambda p: generate(p, p.good, "--prompts", '["a red circle"]'),
+        "this model is class-conditional: it takes class labels, not prompts",
+    ),
+    "a text encoder for a class-conditional model": (
+        lambda p: generate(p, p.good, "--text_encoder", "google/flan-t5-xl"),
+        "this model is class-conditional",
+    ),
+    "prompts that are no file": (
+        lambda p: generate(p, p.good, "--prompts", "a red circle"),
+        "no file of prompts",
+    ),
+    "a text-conditional model without captions": (
+        lambda p: train_generator(p, "--generator.caption_dim", 16),
+        "trains and validates on token caches",
+    ),
+    "weights that do not fit": (
+        lambda p: train_generator(p, "--initial", p.good / "generator", "--generator.dim", 16),
+        "tensor(s) do not fit",
+    ),
+    "a text encoder that is missing": (
+        lambda p: (
+            *("vistok/cli.py", "cache", "--tokenizer", p.good / "tokenizer", "--data", "Emoji"),
+            *("--output", p.out, "--text_encoder", p.tmp / "nothing"),
+        ),
+        "no readable T5",
+    ),
     "no images": (lambda p: generate(p, p.good, "--count", 0), "at least 1"),
     "a wrong temperature": (lambda p: generate(p, p.good, "--temperature", -1), "temperature"),
     # Pictures.

@@ -140,3 +140,9 @@ def test_clock_warns_once_when_data_are_slow(monkeypatch, caplog):
     assert 0 < record["data_wait"] < 1
     clock.read()
     assert caplog.text.count("waiting for data") == 1
+
+
+def test_milestones_step_the_learning_rate_down():
+    config = OptimizerConfig(lr=1.0, final_fraction=1.0, milestones=(0.5, 0.75))
+    rates = [config.learning_rate(step, 100) for step in (0, 49, 50, 74, 75, 99)]
+    assert rates == pytest.approx([1, 1, 0.2, 0.2, 0.04, 0.04])

@@ -99,16 +99,24 @@ class Pass:
     def block_mask(self) -> BlockMask:
         """`mask` for FlexAttention, which skips the blocks that are hidden whole."""
         rank = torch.tensor(self.rank, device=self.tokens.device)
-
-        def visible(batch, head, query, key):
-            return rank[key] <= rank[query]
-
-        return create_block_mask(visible, None, None, self.rows, self.rows, device=rank.device)
+        return create_block_mask(
+            lambda batch, head, query, key: rank[key] <= rank[query],
+            None,
+            None,
+            self.rows,
+            self.rows,
+            device=rank.device,
+        )
 
     @cached_property
     def is_causal(self) -> bool:
         """Whether each row sees itself and the rows before it, and no other."""
         return all(before < after for before, after in pairwise(self.rank))
+
+    @cached_property
+    def is_aligned(self) -> bool:
+        """Whether row i, and it alone, predicts the i-th position for all rows."""
+        return self.source.tolist() == [[row] for row in range(self.rows)]
 
     @cached_property
     @torch.inference_mode(False)

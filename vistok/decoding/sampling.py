@@ -33,7 +33,9 @@ def probabilities(
     Top-k keeps ties of the k-th logit; top-p (nucleus, Holtzman et al., 2020) keeps the most likely
     tokens up to and including the one that crosses p.
     """
-    logits = logits.float() / sampling.temperature
+    logits = logits.float()
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
@@ -56,7 +58,7 @@ def sample_categorical(
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    cumulative = probabilities(logits, sampling).double().cumsum(dim=-1)
+    cumulative = probabilities(logits, sampling).cumsum(dim=-1, dtype=torch.float64)
     # The sum is one but for rounding; below it, the first larger entry has a positive probability.
     total = cumulative[..., -1:]
     below = torch.nextafter(total, torch.zeros_like(total))

@@ -240,11 +240,14 @@ class LlamaGen(Generator):
             parts.append(self.token_embedding(tokens[:, rows.tokens]))
         if len(rows.placeholders):
             parts.append(self.placeholders(rows.placeholders).expand(len(tokens), -1, -1))
-        x = self.dropout(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0])
+        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        if self.training:
+            x = self.dropout(x)
         if self.position_table is None:
             return x
         placed = torch.cat([rows.condition, self.condition.rows + rows.cells])
-        return x + nn.functional.pad(self.position_table[placed], (0, 0, 0, len(rows.placeholders)))
+        table = self.position_table[placed].to(x.dtype)
+        return x + nn.functional.pad(table, (0, 0, 0, len(rows.placeholders)))
 
     def rotary_rows(self, rows: Pass) -> Float[Tensor, "2 r d"] | None:
         """Rotary factors of the rows: zeros without a place, those of its cell for each token."""
@@ -263,7 +266,7 @@ class LlamaGen(Generator):
 
     def predictive(self, hidden: Float[Tensor, "... b r d"], rows: Pass) -> Float[Tensor, "b s e"]:
         """Return what the head makes each prediction from: here the one row that predicts it."""
-        return self.norm(hidden[:, rows.source[:, 0]])
+        return self.norm(hidden if rows.is_aligned else hidden[:, rows.source[:, 0]])
 
 
 def hide(

@@ -31,21 +31,22 @@ class KVCache:
     def reset(self) -> None:
         """Forget everything and serve all sequences again; the memory stays."""
         self.filled = 0
-        self.batch = self.memory.shape[2]
+        self.keep(self.memory.shape[2])
 
     def keep(self, batch: int) -> None:
         """Serve only the first `batch` sequences from now on."""
-        self.batch = batch
+        depth = len(self.memory)
+        self.layers = [(self.memory[i, 0, :batch], self.memory[i, 1, :batch]) for i in range(depth)]
 
     def append(
         self, layer: int, key: Float[Tensor, "b h r d"], value: Float[Tensor, "b h r d"]
     ) -> tuple[Tensor, Tensor]:
         """Store a layer's new rows and return all rows up to and including them."""
-        end = self.filled + key.shape[2]
-        memory = self.memory[layer, :, : self.batch]
-        memory[0, :, :, self.filled : end] = key
-        memory[1, :, :, self.filled : end] = value
-        return memory[0, :, :, :end], memory[1, :, :, :end]
+        keys, values = self.layers[layer]
+        rows = key.shape[2]
+        keys.narrow(2, self.filled, rows).copy_(key)
+        values.narrow(2, self.filled, rows).copy_(value)
+        return keys.narrow(2, 0, self.filled + rows), values.narrow(2, 0, self.filled + rows)
 
     def write(
         self,
@@ -56,10 +57,10 @@ class KVCache:
         end: int,
     ) -> tuple[Tensor, Tensor]:
         """Store a layer's new rows in `slots` and return the rows of the slots before `end`."""
-        memory = self.memory[layer, :, : self.batch]
-        memory[0].index_copy_(2, slots, key)
-        memory[1].index_copy_(2, slots, value)
-        return memory[0, :, :, :end], memory[1, :, :, :end]
+        keys, values = self.layers[layer]
+        keys.index_copy_(2, slots, key)
+        values.index_copy_(2, slots, value)
+        return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def advance(self, rows: int) -> None:
         """Count rows as filled, once every layer has appended them."""

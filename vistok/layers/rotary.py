@@ -28,5 +28,5 @@ def rotary_table(
 def rotate(x: Float[Tensor, "b h r d"], table: Float[Tensor, "2 r d"]) -> Float[Tensor, "b h r d"]:
     """Turn the pairs of channels of each row, in float32."""
     cos, sin = table
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    swapped = x.view(*x.shape[:-1], -1, 2).flip(-1).view(x.shape)
     return torch.addcmul(x.float() * cos, swapped.float(), sin).to(x.dtype)

@@ -34,7 +34,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "b r d"]:
         """`mask` is true where a row (next to last axis) sees a key (last axis); with `cache`, keys
         are its rows: all, or with `slots` those before `end`."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        heads = self.qkv(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
         turned, value = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], 1)
         if rotary is not None:
             turned = rotate(turned, rotary)
@@ -50,7 +50,8 @@ class Attention(nn.Module):
             mixed = scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
             )
-        return self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
+        out = self.out(mixed.transpose(1, 2).flatten(2))
+        return self.dropout(out) if self.training else out
 
 
 class SwiGLU(nn.Module):
@@ -64,7 +65,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "b r d"]) -> Float[Tensor, "b r d"]:
         gate, value = self.gate_value(x).chunk(2, dim=-1)
-        return self.dropout(self.out(silu(gate) * value))
+        out = self.out(silu(gate) * value)
+        return self.dropout(out) if self.training else out
 
 
 class Block(nn.Module):

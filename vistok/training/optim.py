@@ -1,4 +1,4 @@
-"""AdamW under a warm-up and a cosine."""
+"""AdamW under a warm-up, a cosine and steps."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -26,6 +26,8 @@ class OptimizerConfig:
         weight_decay: of matrices and kernels; biases, gains and other vectors have none.
         warmup_steps: steps of linear rise to `lr`.
         final_fraction: share of `lr` left at the end of the cosine; 1 keeps `lr` constant.
+        milestones: shares of the run after each of which the rate falls by `milestone_factor`.
+        milestone_factor: what each milestone multiplies the rate by.
         max_grad_norm: gradients of a larger norm are scaled down to it.
     """
 
@@ -34,6 +36,8 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     warmup_steps: int = 0
     final_fraction: float = 0.1
+    milestones: tuple[float, ...] = ()
+    milestone_factor: float = 0.2
     max_grad_norm: float = 1.0
 
     def learning_rate(self, step: int, num_steps: int) -> float:
@@ -43,7 +47,8 @@ class OptimizerConfig:
             return self.lr * (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
         cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
-        return self.lr * (self.final_fraction + (1 - self.final_fraction) * cosine)
+        lr = self.lr * (self.final_fraction + (1 - self.final_fraction) * cosine)
+        return lr * self.milestone_factor ** sum(step >= m * num_steps for m in self.milestones)
 
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> AdamW:
