@@ -9,22 +9,17 @@ from vistok.layers.rotary import rotary_table, rotate
 from vistok.layers.transformer import Attention
 
 
+@torch.no_grad()
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("order", ["par(4)", "nar"])
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 def test_flex_attention_is_dense_attention(order, num_kv_heads):
-    """What training takes on a GPU and what it takes on a CPU, outputs and gradients."""
+    """What training takes on a GPU and what it takes on a CPU."""
     rows = Order(order)((6, 8)).training
     attention = Attention(64, 4, num_kv_heads, 0.0)
-    results = []
-    for mask in (rows.mask, rows.block_mask):
-        torch.manual_seed(0)
-        x = torch.randn(2, rows.rows, 64, requires_grad=True)
-        out = attention(x, mask=mask)
-        (gradient,) = torch.autograd.grad((out * torch.randn_like(out)).sum(), x)
-        results.append((out, gradient))
-    for dense, flex in zip(*results, strict=True):
-        assert torch.allclose(dense, flex, atol=1e-5)
+    x = torch.randn(2, rows.rows, 64)
+    dense, flex = (attention(x, mask=mask) for mask in (rows.mask, rows.block_mask))
+    assert torch.allclose(dense, flex, atol=1e-5)
 
 
 @torch.no_grad()

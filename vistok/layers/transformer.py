@@ -1,5 +1,8 @@
 """The Llama block (Touvron et al., 2023): pre-norm attention with rotary positions, and SwiGLU."""
 
+from functools import lru_cache
+
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -8,6 +11,12 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from vistok.layers.cache import KVCache
 from vistok.layers.norms import RMSNorm
 from vistok.layers.rotary import rotate
+
+
+@lru_cache
+def fused_flex_attention():
+    """FlexAttention without its scores in memory, which it is only when compiled."""
+    return torch.compile(flex_attention)
 
 
 class Attention(nn.Module):
@@ -45,7 +54,8 @@ class Attention(nn.Module):
             key, value = cache.append(layer, key, value)
         grouped = self.num_kv_heads < self.num_heads
         if isinstance(mask, BlockMask):
-            mixed = flex_attention(query, key, value, block_mask=mask, enable_gqa=grouped)
+            attend = fused_flex_attention() if query.is_cuda else flex_attention
+            mixed = attend(query, key, value, block_mask=mask, enable_gqa=grouped)
         else:
             mixed = scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
