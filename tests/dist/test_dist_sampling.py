@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vistok import FSQ, ConvTokenizer, ImagePipeline, LlamaGen
+from vistok.data import TokenCache
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,3 +73,20 @@ def test_a_token_cache_is_that_of_one_process(checkpoint, tmp_path):
     assert sorted(f.name for f in two.iterdir()) == ["header.json", "labels.npy", "tokens.npy"]
     for name in ("header.json", "labels.npy", "tokens.npy"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+def test_captions_are_those_of_one_process(checkpoint, text_encoder, tmp_path):
+    for processes in (1, 2):
+        run(
+            processes, "-m", "vistok.cli", "cache", "--tokenizer", checkpoint / "tokenizer",
+            "--data", "Emoji", "--data.split", "held-out", "--text_encoder", text_encoder,
+            "--caption_length", 10, "--num_workers", 0, "--output", tmp_path / str(processes),
+        )  # fmt: skip
+    one, two = (TokenCache(tmp_path / n) for n in "12")
+    assert one.header == two.header
+    assert len(list((tmp_path / "2").glob("captions-*.npy"))) == 2
+    for i in range(len(one)):
+        mine, theirs = (cache.get(i, torch.Generator()) for cache in (one, two))
+        assert torch.equal(mine["caption_mask"], theirs["caption_mask"])
+        # Batches are cut elsewhere, and half precision may round the other way.
+        assert torch.allclose(mine["captions"], theirs["captions"], atol=2e-3)

@@ -117,7 +117,7 @@ def test_wrong_combinations_end_in_one_line(trained, configs, text_encoder, tmp_
     prompts, out = ("--prompts", '["a cat"]'), ("--output", tmp_path / "out")
     for command, expected in [
         (lambda: generate(capfd, trained, *out), "it takes prompts, not class labels"),
-        (lambda: generate(capfd, trained, *out, "--classes", '["1"]'), "it takes prompts, not class"),
+        (lambda: generate(capfd, trained, *out, "--classes", '["1"]'), "it takes prompts, not"),
         (
             lambda: generate(capfd, trained, *out, *prompts, "--classes", '["1"]'),
             "give either --classes or --prompts",

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from vistok.checkpoints import llamagen, larp
+from vistok.checkpoints import larp, llamagen
 from vistok.checkpoints.files import ENTRIES, read_weights
 from vistok.decoding import Decoding, Order, Schedule
 from vistok.errors import UserError

@@ -1,5 +1,6 @@
 """Decoding outside the model: plans, the loop, sampling, schedules and noise."""
 
+from vistok.decoding.adaptive import decode_adaptively
 from vistok.decoding.loop import Decoding, decode
 from vistok.decoding.noise import Noise, StoredNoise
 from vistok.decoding.orders import Order
@@ -17,6 +18,7 @@ __all__ = [
     "Schedule",
     "StoredNoise",
     "decode",
+    "decode_adaptively",
     "probabilities",
     "sample_categorical",
 ]

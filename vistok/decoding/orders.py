@@ -7,7 +7,7 @@ themselves. Rows of one pass share a rank and see each other; later ranks see ea
 import inspect
 import math
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import pairwise, product
 
 import torch
@@ -27,7 +27,8 @@ class Order:
     - `par(4)`: regions in parallel, n + N/n - 1 passes for n regions (PAR);
     - `nar`: all neighbours of what is known, h + w - 1 passes, t + h + w - 2 for video (NAR);
     - `zipar(16)`: for models trained in raster order, each row behind the one above by a window s,
-      2w + (h - 2)s passes; `zipar(16,masked)` hides slots not yet written (ZipAR).
+      2w + (h - 2)s passes; `zipar(16,masked)` hides slots not yet written, `zipar(16,adaptive)`
+      starts rows when they are ready, image by image (ZipAR).
 
     `order(shape)` returns the plan. Raises `UserError` for any other spelling, and for a shape that
     does not fit.
@@ -53,6 +54,14 @@ class Order:
     def __call__(self, shape: tuple[int, ...], condition_rows: int = 1) -> Plan:
         return _ORDERS[self.name](tuple(shape), condition_rows, *self.arguments)
 
+    @property
+    def adaptive_window(self) -> int | None:
+        """The least window of `zipar(s,adaptive)`, whose plan is but what it takes at most; None
+        for all other orders."""
+        if self.name == "zipar" and self.arguments[1:] == ["adaptive"]:
+            return self.arguments[0]
+        return None
+
     def __str__(self) -> str:
         inside = ",".join(map(str, self.arguments))
         return f"{self.name}({inside})" if inside else self.name
@@ -67,8 +76,16 @@ class Order:
 
 
 def _plan(order):
-    """Keep the plans that an order makes: sampling and training ask for the same ones again."""
-    return lru_cache(maxsize=64)(torch.inference_mode(False)(order))
+    """Keep the plans that an order makes, for sampling and training ask for the same ones again;
+    so they are made alike whatever the mode or the default device of the first call."""
+
+    @lru_cache(maxsize=64)
+    @wraps(order)
+    def plan(*arguments):
+        with torch.inference_mode(False), torch.device("cpu"):
+            return order(*arguments)
+
+    return plan
 
 
 @_plan
@@ -178,7 +195,7 @@ def nar(shape: tuple[int, ...], condition_rows: int = 1) -> Plan:
 
 @_plan
 def zipar(
-    shape: tuple[int, ...], condition_rows: int = 1, window: int = 16, unwritten: str = ""
+    shape: tuple[int, ...], condition_rows: int = 1, window: int = 16, rule: str = ""
 ) -> Plan:
     """ZipAR (He et al., 2024, arXiv:2412.04062): rows of a raster-trained model side by side. Row 0
     comes first, row 1 follows it, each further row starts `window` passes after the one above.
@@ -189,10 +206,10 @@ def zipar(
     the grid's width and more, and below 1, are raster order.
     """
     height, width = _grid(shape, "zipar")
-    if unwritten not in ("", "masked"):
-        raise UserError(f"order 'zipar({window},{unwritten})': takes 'masked' or nothing there")
+    if rule not in ("", "masked", "adaptive"):
+        raise UserError(f"order 'zipar({window},{rule})': takes masked, adaptive or nothing there")
     first_rows = raster(shape, condition_rows)
-    if not 1 <= window < width or height == 1:
+    if not 1 <= window < width or height == 1 or rule == "adaptive":
         return first_rows
     passes = list(first_rows.passes[:width])
     written = torch.zeros(condition_rows + height * width, dtype=torch.bool)
@@ -215,7 +232,7 @@ def zipar(
         written[slots] = True
         end = int(slots.max()) + 1
         sees = torch.arange(end) <= slots[:, None]
-        if unwritten == "masked":
+        if rule == "masked":
             sees &= written[:end]
         fed = Pass.of(
             rank=[len(passes) + condition_rows - 1] * len(tokens),

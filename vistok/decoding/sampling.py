@@ -54,11 +54,18 @@ def sample_categorical(
     """Draw one token per row by inverting the cumulative distribution at `uniform` in [0, 1).
 
     Fixed shapes and no host synchronisation, unlike `torch.multinomial`; a token depends on its own
-    row and number alone. The sum runs in float64, so that 16k probabilities add up.
+    row and number alone.
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    cumulative = probabilities(logits, sampling).cumsum(dim=-1, dtype=torch.float64)
+    return inverse_cdf(probabilities(logits, sampling), uniform)
+
+
+def inverse_cdf(
+    probs: Float[Tensor, "*batch v"], uniform: Float[Tensor, "*batch"]
+) -> Int64[Tensor, "*batch"]:
+    """Return the entry of each distribution at which its sum, in float64, passes `uniform`."""
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     # The sum is one but for rounding; below it, the first larger entry has a positive probability.
     total = cumulative[..., -1:]
     below = torch.nextafter(total, torch.zeros_like(total))

@@ -215,7 +215,7 @@ class LlamaGen(Generator):
             mask = hide(mask, padding, end)
         hidden = self.transformer(
             self.embed(tokens, condition, fed),
-            state.rotary[fed],
+            state.rotary[fed] if fed in state.rotary else self.rotary_rows(fed),
             mask=mask,
             cache=cache,
             slots=fed.slots,

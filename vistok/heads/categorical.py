@@ -41,7 +41,12 @@ class CategoricalHead(Head):
         sampling: Sampling,
         budget: int = 1,
     ) -> Int64[Tensor, "b s"]:
+        return sample_categorical(self.guided_logits(hidden, null, scale), noise, sampling)
+
+    def guided_logits(
+        self, hidden: Float[Tensor, "b s d"], null: Float[Tensor, "b s d"] | None, scale: float
+    ) -> Float[Tensor, "b s v"]:
         if null is not None:
             # The head is linear: guiding the hidden states guides the logits at half the cost.
             hidden = torch.lerp(null, hidden, scale)
-        return sample_categorical(self.logits(hidden), noise, sampling)
+        return self.logits(hidden)
