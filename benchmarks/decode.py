@@ -1,6 +1,5 @@
-"""Time the decode loop in several orders, beside the floor that the device sets ("Roofline",
-Williams et al., 2009): each pass reads the weights and the live cache from memory, and every row
-fed is multiplied by the weights.
+"""Time the decode loop by the order of decoding, beside the floor of the device ("Roofline",
+Williams et al., 2009): a pass reads the weights and the live cache, a row meets every weight.
 
 python benchmarks/decode.py --dim 768 --depth 12 --num_heads 12 --batch 1
 
@@ -9,11 +8,9 @@ The other sizes of LlamaGen: L 1024, 24, 16; XL 1280, 36, 20; XXL 1536, 48, 24; 
 
 import copy
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -60,138 +57,96 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    number = getattr(torch, dtype)
-    labels = (torch.arange(batch) % 10).to(device)
+    spec, number = TokenSpec.ids((side, side), vocab_size), getattr(torch, dtype)
+    labels = torch.arange(batch, device=device) % 10
     sequences = batch * (2 if guidance != 1 else 1)
-    loops, work = {}, {}
+    # All models run one code, whose versions are counted together: past the limit it stays eager.
+    torch._dynamo.config.recompile_limit = 64
+    loops, needs = {}, {}
     for order in orders:
-        model = build(order, TokenSpec.ids((side, side), vocab_size), dim, depth, num_heads)
-        model, plan = model.to(device, number).eval(), model.plan(order)
-        needed = bytes_read(model, plan, sequences), flops(model, plan, batch, sequences)
-        work[order] = (*needed, len(plan))
+        model = build(order, spec, dim=dim, depth=depth, num_heads=num_heads)
+        nn.Module.to(model, device, number)  # diffusers' own `to` warns of any dtype
+        plan, decoding = model.plan(order), Decoding(order, Schedule(guidance))
+        needs[order] = len(plan), *work(model, plan, batch, sequences)
         state = model.new_state(sequences, plan)
-        decoding = Decoding(order, guidance=Schedule(guidance))
         loops[order, "eager"] = decoder(model, labels, decoding, state)
         if compile:
-            loops[order, "compiled"] = decoder(compiled(model), labels, decoding, state)
+            twin = copy.copy(model)  # of the same weights
+            twin.compile_decoding()
+            loops[order, "compiled"] = decoder(twin, labels, decoding, state)
 
     tokens = {key: loop() for key, loop in loops.items()}  # and all is warm
-    seconds, rates = {key: [] for key in loops}, []
+    rates, seconds = [], {key: [] for key in loops}
     for _ in range(repeats):
-        rates.append((read_rate(device), product_rate(device, number)))
+        rates.append(measured_rates(device, number))
         for key, loop in loops.items():
             seconds[key].append(timed(loop, device))
     reading, multiplying = (max(measured) for measured in zip(*rates, strict=True))
 
+    cpu = f"CPU ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} processors)"
     print(
         f"{depth} x {dim}, {side}x{side} tokens of {vocab_size}, batch {batch}, guidance "
-        f"{guidance:g}, {dtype}; {name_of(device)}, {threads} thread(s), measured to read "
-        f"{reading / 1e9:.1f} GB/s and to multiply at {multiplying / 1e9:.0f} GFLOP/s\n"
+        f"{guidance:g}; {torch.cuda.get_device_name() if device.type == 'cuda' else cpu}, {dtype}, "
+        f"{threads} thread(s): {reading / 1e9:.1f} GB/s read, {multiplying / 1e9:.0f} GFLOP/s\n"
     )
-    kinds = ("eager", "compiled") if compile else ("eager",)
-    head = ["order", "passes", "floor: ms per image", "set by"]
-    for kind in kinds:
-        head += [f"{kind}: ms per image", "images/s", "ms per pass", "times the floor"]
-    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
-    for order, (read, multiplied, passes) in work.items():
-        floor = max(read / reading, multiplied / multiplying)
-        set_by = "reads" if floor == read / reading else "products"
-        cells = [str(order), str(passes), f"{1000 * floor / batch:.2f}", set_by]
-        for kind in kinds:
-            took = statistics.median(seconds[order, kind])
-            measured = (1000 * took / batch, batch / took, 1000 * took / passes, took / floor)
-            cells += [f"{value:.2f}" for value in measured]
-        print(f"| {' | '.join(cells)} |")
+    print_table(needs, seconds, reading, multiplying, batch)
     for order in orders if compile else ():
-        wrong = (tokens[order, "eager"] != tokens[order, "compiled"]).sum().item()
-        if wrong:
-            print(f"\n{order}: {wrong} of {batch * side**2} tokens of the compiled loop differ")
+        differ = (tokens[order, "eager"] != tokens[order, "compiled"]).sum()
+        if differ:
+            print(f"\n{order}: {differ} of {batch * side**2} tokens differ when compiled")
 
 
-def build(order: Order, spec: TokenSpec, dim: int, depth: int, num_heads: int) -> LlamaGen:
+def build(order: Order, spec: TokenSpec, **sizes: int) -> LlamaGen:
     """A model that decodes by `order`, with random weights."""
-    sizes = {"dim": dim, "depth": depth, "num_heads": num_heads}
     classes = [str(label) for label in range(10)]
-    if order.name == "nar":
-        model = NAR(spec, classes, **sizes)
-    else:
-        model = LlamaGen(spec, classes, "raster" if order.name == "zipar" else str(order), **sizes)
+    learned = {"order": "raster" if order.name == "zipar" else str(order)}
+    family, options = (NAR, {}) if order.name == "nar" else (LlamaGen, learned)
+    model = family(spec, classes, **options, **sizes).eval()
     nn.init.normal_(model.head.linear.weight, std=0.02)
     return model
 
 
-def compiled(model: LlamaGen) -> LlamaGen:
-    """A compiled twin with the same weights."""
-    # All models run one piece of code, whose versions are counted together; beyond the limit it
-    # would silently stay eager.
-    torch._dynamo.config.recompile_limit = 64
-    twin = copy.copy(model)
-    twin.compile_decoding()
-    return twin
-
-
 def decoder(model: LlamaGen, labels: Tensor, decoding: Decoding, state) -> Callable[[], Tensor]:
-    """The loop over one batch; runs share their state, as a pipeline's do."""
+    """The loop over one batch; its runs share a state, as a pipeline's do."""
     return lambda: decode(model, labels, Noise(0, range(len(labels))), decoding, state)
 
 
-def bytes_read(model: LlamaGen, plan: Plan, sequences: int) -> int:
-    """Bytes of weights and of cached keys and values that the passes of one batch read."""
+def work(model: LlamaGen, plan: Plan, batch: int, sequences: int) -> tuple[int, int]:
+    """Return the bytes and the FLOPs of one batch. Each pass reads the weights and the keys and
+    values that it sees, its own included; rows fed go through the blocks and attend to these, and
+    predicted positions through the head, once for both halves of guidance."""
+    blocks, head = matrices(model.blocks), matrices(model.head)
     attention = model.blocks[0].attention
-    kept = 2 * len(model.blocks) * attention.num_kv_heads * attention.head_dim  # for each row
-    weights = matrices(model.blocks) + matrices(model.head)
-    return (len(plan) * weights + sequences * sum(visible(plan)) * kept) * model.dtype.itemsize
-
-
-def flops(model: LlamaGen, plan: Plan, batch: int, sequences: int) -> int:
-    """FLOPs of one batch: all rows fed through the blocks, each image's predicted positions through
-    the head, and every row's attention to what it may see."""
-    attention = model.blocks[0].attention
-    pairs = sum(fed.rows * end for fed, end in zip(plan.passes, visible(plan), strict=True))
-    blocks = matrices(model.blocks) * plan.rows
-    attended = 2 * len(model.blocks) * attention.num_heads * attention.head_dim * pairs
-    head = matrices(model.head) * sum(len(fed.predict) for fed in plan.passes)
-    return 2 * (sequences * (blocks + attended) + batch * head)
-
-
-def visible(plan: Plan) -> list[int]:
-    """Rows of the cache that each pass reads, its own included."""
-    filled = accumulate(fed.rows for fed in plan.passes)
-    return [
-        end if fed.sees is None else fed.sees.shape[1]
-        for fed, end in zip(plan.passes, filled, strict=True)
-    ]
+    channels = 2 * len(model.blocks) * attention.head_dim  # of keys and values, for each head
+    filled = seen = pairs = predicted = 0
+    for fed in plan.passes:
+        filled += fed.rows
+        end = filled if fed.sees is None else fed.sees.shape[1]
+        seen, pairs, predicted = seen + end, pairs + fed.rows * end, predicted + len(fed.predict)
+    cached = sequences * seen * channels * attention.num_kv_heads
+    read = (len(plan) * (blocks + head) + cached) * model.dtype.itemsize
+    fed_through = filled * blocks + pairs * channels * attention.num_heads
+    return read, 2 * (sequences * fed_through + batch * predicted * head)
 
 
 def matrices(module: nn.Module) -> int:
-    """Elements of the weights that rows are multiplied by; norms are vectors and not counted."""
+    """Elements of what rows are multiplied by; the vectors of norms are left out."""
     return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
-def read_rate(device: torch.device) -> float:
-    """Bytes read a second, from a memory beyond all caches, by the faster of two reductions."""
-    memory = torch.ones(2 ** (28 if device.type == "cuda" else 26), device=device)
+def measured_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes a second of reading more than any cache holds, and FLOP/s of a large matrix product."""
+    cuda = device.type == "cuda"
+    memory = torch.ones(2 ** (28 if cuda else 26), device=device)
     rows, vector = memory.view(-1, 4096), memory[:4096]
-    return (
-        4
-        * memory.numel()
-        / min(fastest(memory.sum, device), fastest(lambda: rows @ vector, device))
-    )
-
-
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of a large square matrix product."""
-    side = 8192 if device.type == "cuda" else 2048
+    side = 8192 if cuda else 2048
     square = torch.randn(side, side, device=device).to(dtype)
-    return 2 * side**3 / fastest(lambda: square @ square, device)
+    read = min(timed(f, device) for f in 5 * [memory.sum, lambda: rows @ vector])
+    multiplied = min(timed(f, device) for f in 5 * [lambda: square @ square])
+    return 4 * memory.numel() / read, 2 * side**3 / multiplied
 
 
-def fastest(function: Callable[[], object], device: torch.device, tries: int = 5) -> float:
-    return min(timed(function, device) for _ in range(tries))
-
-
-def timed(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds; the device was idle before."""
+def timed(function: Callable[[], Tensor], device: torch.device) -> float:
     began = time.perf_counter()
     function()
     if device.type == "cuda":
@@ -199,11 +154,20 @@ def timed(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def name_of(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    features = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} CPU with {features}, {os.cpu_count()} processors"
+def print_table(needs: dict, seconds: dict, reading: float, multiplying: float, batch: int) -> None:
+    kinds = dict.fromkeys(kind for _, kind in seconds)
+    columns = ["order", "passes", "floor, ms per image", "set by"]
+    for kind in kinds:
+        columns += [f"{kind}: ms per image", "images/s", "ms per pass", "times the floor"]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for order, (passes, read, multiplied) in needs.items():
+        floor, cause = max((read / reading, "reads"), (multiplied / multiplying, "products"))
+        cells = [order, passes, f"{1000 * floor / batch:.2f}", cause]
+        for kind in kinds:
+            took = statistics.median(seconds[order, kind])
+            found = 1000 * took / batch, batch / took, 1000 * took / passes, took / floor
+            cells += [f"{value:.2f}" for value in found]
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vistok import metrics as m
 from vistok.cli import run
 from vistok.data import ImageSource, Transform, shard_range, to_uint8
-from vistok.decoding import Decoding, Schedule
+from vistok.decoding import Decoding, Order, Schedule
 from vistok.errors import UserError
 from vistok.losses.perceptual import LPIPS
 from vistok.pipelines import ImagePipeline
@@ -49,6 +49,7 @@ def main(
     size: int | None = None,
     count: int | None = None,
     seed: int = 0,
+    plan: Order | None = None,
     guidance: Schedule | None = None,
     temperature: Schedule | None = None,
     top_k: int | None = None,
@@ -79,8 +80,8 @@ def main(
         size: side in pixels; by default the model's, or that of the pictures as they are
         count: images to sample, 50,000 by default; or pictures to take, all by default
         seed: of samples; image i is of class i mod the number of classes
-        guidance: classifier-free guidance scale, or its schedule; the checkpoint's by default,
-            as for the next three
+        plan: order of decoding, as zipar(16); the checkpoint's by default, as for the next four
+        guidance: classifier-free guidance scale, or its schedule
         temperature: of the softmax; 0 takes the most likely token
         top_k: sample among the k most likely tokens; 0 among all
         top_p: sample among the most likely tokens that hold this share
@@ -102,7 +103,7 @@ def main(
                 "and score the folder by --data"
             )
         decoding = pipeline.decoding.changed(
-            guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
+            plan=plan, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
         )
         subject = Samples(pipeline, count or 50_000, seed, decoding)
     elif tokenizer and data and not checkpoint:

@@ -1,6 +1,6 @@
 """Sample images from a checkpoint.
 
-python sample/generate.py --checkpoint assets/emoji
+python sample/generate.py --checkpoint assets/emoji --plan "zipar(4)"
 python sample/generate.py --checkpoint DIR --prompts '["a red circle", "a blue square"]'
 accelerate launch --num_processes 8 sample/generate.py --checkpoint DIR --count 50000 --npz true
 """
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vistok.cli import resolved_config, run
 from vistok.data import shard_range
-from vistok.decoding import Schedule
+from vistok.decoding import Order, Schedule
 from vistok.errors import UserError
 from vistok.files import replaced
 from vistok.images import image_grid, to_pil
@@ -32,7 +32,7 @@ MAX_ROWS = 100  # of the grid
 # Options that change how images are made but not which, or whose effect other settings hold.
 INDIFFERENT = {
     *("batch_size", "checkpoint", "compile", "count", "npz", "output", "prompts", "text_encoder"),
-    *("guidance", "temperature", "top_k", "top_p"),
+    *("plan", "guidance", "temperature", "top_k", "top_p"),
 }
 
 
@@ -44,6 +44,7 @@ def main(
     text_encoder: str | None = None,
     count: int | None = None,
     seed: int = 0,
+    plan: Order | None = None,
     guidance: Schedule | None = None,
     temperature: Schedule | None = None,
     top_k: int | None = None,
@@ -63,8 +64,8 @@ def main(
             checkpoint was trained with by default
         count: number of images; 8 of each class or prompt by default
         seed: image i depends on the seed and i alone, whatever the batch or the processes
-        guidance: classifier-free guidance scale, or its schedule; the checkpoint's by default,
-            as for the next three
+        plan: order of decoding, as zipar(16); the checkpoint's by default, as for the next four
+        guidance: classifier-free guidance scale, or its schedule
         temperature: of the softmax; 0 takes the most likely token
         top_k: sample among the k most likely tokens; 0 among all
         top_p: sample among the most likely tokens that hold this share
@@ -86,8 +87,9 @@ def main(
     if count < 1 or batch_size < 1:
         raise UserError(f"--count {count}, --batch_size {batch_size}: both must be at least 1")
     decoding = pipeline.decoding.changed(
-        guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
+        plan=plan, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
     )
+    pipeline.generator.plan(decoding.plan)  # an order that does not fit is an error here
     if compile:
         pipeline.compile()
 
@@ -123,7 +125,8 @@ def main(
         return
 
     rate = f"{len(todo) / seconds:.1f} images/s a process" if todo else "all were there already"
-    print(f"{count} images in {folder}: {rate}, {len(pipeline.generator.plan())} passes an image")
+    passes = len(pipeline.generator.plan(decoding.plan))
+    print(f"{count} images in {folder}: {rate}, {passes} passes an image")
     if count >= len(names):
         write_grid(folder.with_name(folder.name + ".png"), files, names)
     if npz:

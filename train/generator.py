@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from vistok import ImagePipeline, TokenSpec, cli
+from vistok import TokenSpec, cli
 from vistok.data import (
     HeldOut,
     Images,
@@ -24,9 +24,11 @@ from vistok.data import (
     Transform,
     make_loader,
 )
+from vistok.decoding import Decoding
 from vistok.errors import UserError
 from vistok.generators import Captions, Condition, Generator
 from vistok.images import image_grid
+from vistok.pipelines import DEFAULT, ImagePipeline, write_decoding
 from vistok.text import caption_shape, remember_encoder
 from vistok.tokenizers import Tokenizer
 from vistok.training import (
@@ -71,6 +73,7 @@ def main(
     validation: ImageSource | str | None = None,
     optimizer: OptimizerConfig = ADAMW,
     ema_decay: float = 0.999,
+    decoding: Decoding = DEFAULT,
     seed: int = 0,
     resume: bool = False,
     allow_changes: bool = False,
@@ -96,6 +99,7 @@ def main(
         validation: held-out pictures to score, or a token cache of them, by resize-center-crop.
         optimizer: of the generator.
         ema_decay: decay of the moving average of the weights.
+        decoding: how samples are drawn, here and by default ever after.
         seed: of data order, crops, dropout and initial weights.
         resume: go on from the newest checkpoint in `output`, if there is one.
         allow_changes: resume although options have changed.
@@ -137,6 +141,8 @@ def main(
     window = Window(accelerator)
     state = TrainingState({"generator": model}, {"generator": adam}, ema, window)
     checkpoints = Checkpoints(accelerator, Path(output), cli.resolved_config(), run.keep)
+    if accelerator.is_main_process:
+        write_decoding(Path(output), decoding)
 
     @torch.no_grad()
     def tokens_of(batch: dict[str, Tensor]) -> Tensor:
@@ -163,7 +169,7 @@ def main(
             batch = default_collate([shown[i] for i in spread(len(shown), ROWS)])
             condition, names = condition_of(batch), [f"picture {i}" for i in batch["index"]]
             originals = [frozen.decode(batch["tokens"].to(frozen.device))[:, None]]
-        pipeline = ImagePipeline(frozen, ema.module)
+        pipeline = ImagePipeline(frozen, ema.module, decoding)
         row_of = torch.arange(len(names)).repeat_interleave(COLUMNS)
         samples = [
             pipeline.sample(condition[row_of[part]], 0, part)
@@ -180,15 +186,9 @@ def main(
         means = held_out_means(accelerator, HeldOut(held_out), run.validation_images, scores)
         return Validation(means, -means["validation/loss"], picture)
 
+    parts = {**state.models, "tokenizer": frozen}
     accelerator.print(
-        describe(
-            accelerator,
-            {**state.models, "tokenizer": frozen},
-            num_steps,
-            batch_size,
-            accumulation,
-            len(source),
-        )
+        describe(accelerator, parts, num_steps, batch_size, accumulation, len(source))
     )
     with (
         opened(checkpoints, state, resume, allow_changes),

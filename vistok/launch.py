@@ -41,4 +41,7 @@ def start_all_processes() -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", asked]
     address = ["--master_port", os.environ["MASTER_PORT"]]
-    os.execv(sys.executable, [*torchrun, *address, *sys.argv])
+    # A module run by its path would find its neighbours under the names of other packages.
+    module = sys.modules["__main__"].__spec__
+    program = ["-m", module.name, *sys.argv[1:]] if module else sys.argv
+    os.execv(sys.executable, [*torchrun, *address, *program])

@@ -12,8 +12,9 @@ from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 
-from vistok.decoding import Decoding, Noise, Plan, Schedule, decode
+from vistok.decoding import Decoding, Noise, Plan, Schedule, decode, decode_adaptively
 from vistok.errors import CheckpointError, UserError, suggestion
+from vistok.files import replaced
 from vistok.generators import Captions, Condition, Generator
 from vistok.images import to_pil
 from vistok.text import TextEncoder, caption_shape, remember_encoder, remembered_encoder
@@ -21,6 +22,7 @@ from vistok.tokenizers import Tokenizer
 from vistok.tokens import require_same
 
 DECODING = "decoding.json"
+DEFAULT = Decoding(guidance=Schedule(2))
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class ImagePipeline:
             type(tokenizer).__name__, tokenizer.spec, type(generator).__name__, generator.spec
         )
         self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
-        self.decoding = decoding or Decoding(guidance=Schedule(2))
+        self.decoding = decoding or DEFAULT
         self._states: dict[tuple[int, Plan], object] = {}
         self._encoder: TextEncoder | None = None
         if text_encoder is not None:
@@ -66,13 +68,14 @@ class ImagePipeline:
     @classmethod
     def from_pretrained(cls, path: str | Path, text_encoder: str | None = None, **kwargs) -> Self:
         """Load the sub-folders `tokenizer` and `generator` of a directory or Hub repository, and
-        its `decoding.json`, if there is one; `kwargs` (`torch_dtype`, ...) go to both models."""
+        the `decoding.json` beside or in the latter, if there is one; `kwargs` (`torch_dtype`, ...)
+        go to both models."""
         if not Path(path).exists() and str(path).count("/") == 1:
             path = snapshot_download(str(path))
         return cls(
             Tokenizer.from_pretrained(path, subfolder="tokenizer", **kwargs),
             Generator.from_pretrained(path, subfolder="generator", **kwargs),
-            read_decoding(Path(path, DECODING)),
+            read_decoding(Path(path)) or read_decoding(Path(path, "generator")),
             text_encoder,
         )
 
@@ -85,7 +88,7 @@ class ImagePipeline:
         """Write both models side by side, with `card` as the text of the model card."""
         self.tokenizer.save_pretrained(Path(path, "tokenizer"))
         self.generator.save_pretrained(Path(path, "generator"))
-        Path(path, DECODING).write_text(json.dumps(self.decoding.to_dict(), indent=2) + "\n")
+        write_decoding(Path(path), self.decoding)
         Path(path, "README.md").write_text(self.model_card(card), encoding="utf-8")
 
     def model_card(self, text: str = "") -> str:
@@ -205,6 +208,10 @@ class ImagePipeline:
         condition = condition.to(self.device)
         decoding = decoding or self.decoding
         plan = self.generator.plan(decoding.plan)
+        if decoding.plan and decoding.plan.adaptive_window:
+            window = decoding.plan.adaptive_window
+            noise = Noise(seed, indices)
+            return decode_adaptively(self.generator, condition, noise, window, decoding)[0]
         rows = len(condition) * (2 if any(s != 1 for s in decoding.scales(plan)) else 1)
         if (rows, plan) not in self._states:
             self._states = {(rows, plan): self.generator.new_state(rows, plan)}
@@ -249,8 +256,15 @@ class ImagePipeline:
         return PipelineOutput(to_pil(self.sample(condition, seed, indices, decoding)))
 
 
-def read_decoding(file: Path) -> Decoding | None:
-    """Return the settings in `file`, None where there is no file."""
+def write_decoding(folder: Path, decoding: Decoding) -> None:
+    """Keep how a checkpoint decodes where it is not told otherwise."""
+    with replaced(folder / DECODING) as aside:
+        aside.write_text(json.dumps(decoding.to_dict(), indent=2) + "\n")
+
+
+def read_decoding(folder: Path) -> Decoding | None:
+    """Return what `write_decoding` kept in a folder, None where it did not."""
+    file = folder / DECODING
     if not file.exists():
         return None
     try:

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from vistok.commands.scores import table
-from vistok.decoding import Schedule
+from vistok.decoding import Order, Schedule
 from vistok.errors import UserError
 from vistok.metrics import read_results
 from vistok.pipelines import ImagePipeline
@@ -26,6 +26,7 @@ def main(
     output: str,
     tokenizer_dtype: DType = "float32",
     generator_dtype: DType = "float32",
+    plan: Order | None = None,
     guidance: Schedule | None = None,
     temperature: Schedule | None = None,
     top_k: int | None = None,
@@ -40,7 +41,8 @@ def main(
         output: directory of the checkpoint
         tokenizer_dtype: of the tokenizer's saved weights; they load in float32
         generator_dtype: of the generator's
-        guidance: how the checkpoint decodes where it is not told otherwise
+        plan: how the checkpoint decodes where it is not told otherwise
+        guidance: likewise
         temperature: likewise
         top_k: likewise
         top_p: likewise
@@ -52,7 +54,7 @@ def main(
     nn.Module.to(pipeline.tokenizer, getattr(torch, tokenizer_dtype))
     nn.Module.to(pipeline.generator, getattr(torch, generator_dtype))
     pipeline.decoding = pipeline.decoding.changed(
-        guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
+        plan=plan, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
     )
     runs = [describe_run(Path(checkpoint, part)) for part in ("tokenizer", "generator")]
     scores = describe_scores(metrics) if metrics else ""

@@ -5,15 +5,14 @@ vistok import llamagen c2i_L_384.pt --out runs/llamagen-l --options.shape "[24,2
 vistok import nar c2i_B.pt --out runs/nar-b
 """
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from vistok.checkpoints import larp, llamagen
 from vistok.checkpoints.files import ENTRIES, read_weights
-from vistok.decoding import Decoding, Order, Schedule
+from vistok.decoding import Order, Schedule
 from vistok.errors import UserError
-from vistok.pipelines import DECODING
+from vistok.pipelines import DEFAULT, write_decoding
 from vistok.tokenizers import Tokenizer
 
 # PAR and NAR publish LlamaGen's layout, and use its tokenizers.
@@ -57,8 +56,7 @@ def main(
         model.plan(plan)  # raises before anything is written
     model.save_pretrained(Path(out, part))
     if part == "generator":
-        decoding = Decoding().changed(plan=plan, guidance=guidance)
-        Path(out, DECODING).write_text(json.dumps(decoding.to_dict(), indent=2) + "\n")
+        write_decoding(Path(out), DEFAULT.changed(plan=plan, guidance=guidance))
     print(
         f"{weights}: {type(model).__name__}, {model.num_parameters():,} parameters, "
         f"{model.spec}: {Path(out, part)}"
