@@ -1,5 +1,5 @@
-"""Time the decode loop by the order of decoding, beside the floor of the device ("Roofline",
-Williams et al., 2009): a pass reads the weights and the live cache, a row meets every weight.
+"""Time decoding in several orders beside the floor of the device ("Roofline", Williams et al.,
+2009): a pass reads the weights and the live part of the cache, a row fed meets every weight.
 
 python benchmarks/decode.py --dim 768 --depth 12 --num_heads 12 --batch 1
 
@@ -91,17 +91,15 @@ def main(
     )
     print_table(needs, seconds, reading, multiplying, batch)
     for order in orders if compile else ():
-        differ = (tokens[order, "eager"] != tokens[order, "compiled"]).sum()
-        if differ:
+        if differ := int((tokens[order, "eager"] != tokens[order, "compiled"]).sum()):
             print(f"\n{order}: {differ} of {batch * side**2} tokens differ when compiled")
 
 
 def build(order: Order, spec: TokenSpec, **sizes: int) -> LlamaGen:
     """A model that decodes by `order`, with random weights."""
-    classes = [str(label) for label in range(10)]
     learned = {"order": "raster" if order.name == "zipar" else str(order)}
     family, options = (NAR, {}) if order.name == "nar" else (LlamaGen, learned)
-    model = family(spec, classes, **options, **sizes).eval()
+    model = family(spec, list("0123456789"), **options, **sizes).eval()
     nn.init.normal_(model.head.linear.weight, std=0.02)
     return model
 
@@ -118,15 +116,15 @@ def work(model: LlamaGen, plan: Plan, batch: int, sequences: int) -> tuple[int, 
     blocks, head = matrices(model.blocks), matrices(model.head)
     attention = model.blocks[0].attention
     channels = 2 * len(model.blocks) * attention.head_dim  # of keys and values, for each head
-    filled = seen = pairs = predicted = 0
+    filled = seen = pairs = 0
     for fed in plan.passes:
         filled += fed.rows
         end = filled if fed.sees is None else fed.sees.shape[1]
-        seen, pairs, predicted = seen + end, pairs + fed.rows * end, predicted + len(fed.predict)
-    cached = sequences * seen * channels * attention.num_kv_heads
-    read = (len(plan) * (blocks + head) + cached) * model.dtype.itemsize
+        seen, pairs = seen + end, pairs + fed.rows * end
+    read = len(plan) * (blocks + head) + sequences * seen * channels * attention.num_kv_heads
     fed_through = filled * blocks + pairs * channels * attention.num_heads
-    return read, 2 * (sequences * fed_through + batch * predicted * head)
+    multiplied = sequences * fed_through + batch * model.spec.num_tokens * head
+    return read * model.dtype.itemsize, 2 * multiplied
 
 
 def matrices(module: nn.Module) -> int:
@@ -137,13 +135,11 @@ def matrices(module: nn.Module) -> int:
 def measured_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes a second of reading more than any cache holds, and FLOP/s of a large matrix product."""
     cuda = device.type == "cuda"
-    memory = torch.ones(2 ** (28 if cuda else 26), device=device)
-    rows, vector = memory.view(-1, 4096), memory[:4096]
-    side = 8192 if cuda else 2048
-    square = torch.randn(side, side, device=device).to(dtype)
-    read = min(timed(f, device) for f in 5 * [memory.sum, lambda: rows @ vector])
+    memory = torch.ones(2 ** (16 if cuda else 14), 4096, device=device)
+    square = torch.randn(2 * [8192 if cuda else 2048], device=device).to(dtype)
+    read = min(timed(f, device) for f in 5 * [memory.sum, lambda: memory @ memory[0]])
     multiplied = min(timed(f, device) for f in 5 * [lambda: square @ square])
-    return 4 * memory.numel() / read, 2 * side**3 / multiplied
+    return 4 * memory.numel() / read, 2 * len(square) ** 3 / multiplied
 
 
 def timed(function: Callable[[], Tensor], device: torch.device) -> float:

@@ -141,8 +141,6 @@ def main(
     window = Window(accelerator)
     state = TrainingState({"generator": model}, {"generator": adam}, ema, window)
     checkpoints = Checkpoints(accelerator, Path(output), cli.resolved_config(), run.keep)
-    if accelerator.is_main_process:
-        write_decoding(Path(output), decoding)
 
     @torch.no_grad()
     def tokens_of(batch: dict[str, Tensor]) -> Tensor:
@@ -194,6 +192,8 @@ def main(
         opened(checkpoints, state, resume, allow_changes),
         Progress(checkpoints, state, run, num_steps, batch_size, len(source), validate) as progress,
     ):
+        if accelerator.is_main_process:
+            write_decoding(checkpoints.output, decoding)
         loader = make_loader(
             Stream(source, seed),
             start_step=state.step,

@@ -23,6 +23,16 @@ UNCOMPARED = {
 # Their rows beyond the last fed one (tokens that no pass reads) have no counterpart here.
 
 
+def condition_of(case: Case):
+    """Labels, or captions given either left-padded or right-padded."""
+    given = case.inputs
+    if "t5_raw" in given:
+        return Captions.left_padded(given["t5_raw"], given["t5_mask"].sum(1))
+    if "emb_masks" in given:
+        return Captions(given["cond"], given["emb_masks"].bool())
+    return given.get("labels", given.get("cond"))
+
+
 class Guidance(Schedule):
     """Guidance by pass: official intervals count tokens from places of their own."""
 
@@ -178,7 +188,7 @@ def test_llamagen(folder):
             probs = probabilities(case.inputs["filter_logits"], Sampling(temperature, k, p))
             case.compare(f"filter_probs_{i}", probs)
     else:
-        wanted = Captions.left_padded(case.inputs["t5_raw"], case.inputs["t5_mask"].sum(1))
+        wanted = condition_of(case)
         case.compare("caption_left", wanted.features)
         case.compare("mask_left", wanted.mask)
         first, logits, loss = teacher_force(model, tokens, wanted, case.inputs["valid"].float())
@@ -299,10 +309,8 @@ def test_nar(folder):
     extra = config["attn_num_back"] if is_video else config["medusa_attention_num"]
     model = load(case, shape, extra_depth=extra)
     names = "RDB" if is_video else ("right", "below")
-    condition, weight = case.inputs["cond"], case.inputs.get("valid")
-    if "emb_masks" in case.inputs:
-        condition = Captions(condition, case.inputs["emb_masks"].bool())
-    elif is_video:
+    condition, weight = condition_of(case), case.inputs.get("valid")
+    if is_video:
         condition = torch.where(condition < 0, config["num_classes"], condition)
     plan, tokens = model.plan(), case.inputs["tokens"]
     rows, n, length = plan.training, model.spec.num_tokens, model.condition.rows
@@ -393,7 +401,7 @@ def test_zipar(folder):
     case = Case(folder)
     side = case.description["grid"]
     model = load(case, (side, side))
-    labels = case.inputs["labels"]
+    labels = condition_of(case)
     for name, run in case.config["runs"].items():
         cfg, interval = run["cfg_scale"], run.get("cfg_interval", -1)
 
@@ -426,5 +434,5 @@ def test_zipar(folder):
             padded = [F.pad(s, (0, widest - len(s)), value=-1) for s in slots]
             case.compare(f"{key}.trace_pos", torch.stack(padded))
             logits = torch.cat(guided_logits(model, trace, len(labels), scales), dim=1)
-            case.compare(f"{key}.logits", logits)
+            case.compare(f"{key}.logits", logits[:, : case.config.get("logits_keep")])
     case.finish(UNCOMPARED)
