@@ -162,7 +162,7 @@ def print_table(needs: dict, seconds: dict, reading: float, multiplying: float, 
         for kind in kinds:
             took = statistics.median(seconds[order, kind])
             found = 1000 * took / batch, batch / took, 1000 * took / passes, took / floor
-            cells += [f"{value:.2f}" for value in found]
+            cells += [f"{value:.{2 if value >= 1 else 3}f}" for value in found]
         print(f"| {' | '.join(map(str, cells))} |")
 
 

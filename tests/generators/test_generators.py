@@ -1,12 +1,13 @@
 """Every exported generator, in tiny form."""
 
 import inspect
+import re
 
 import pytest
 import torch
 
 import vistok
-from vistok.decoding import Decoding, Noise, Schedule, decode, sample_categorical
+from vistok.decoding import Decoding, Noise, Order, Schedule, decode, sample_categorical
 from vistok.decoding.sampling import Sampling
 from vistok.errors import CheckpointError, IncompatibleTokensError, UserError
 from vistok.generators import NAR, PAR, Captions, Generator, LlamaGen
@@ -237,14 +238,116 @@ def test_unfit_specs_and_sizes_are_refused(family):
 
 
 @pytest.mark.slow
-def test_compiled_decoding_gives_the_eager_tokens():
-    model = tiny(LlamaGen, TokenSpec.ids((2, 3), 11), depth=1)
-    decoding = Decoding(guidance=Schedule(2))
-    eager = decode(model, condition_of(model, LABELS), Noise(0, range(3)), decoding)
+@pytest.mark.parametrize(
+    ("family", "order"), [(LlamaGen, None), (LlamaGen, "zipar(2)"), (PAR, None), (NAR, None)]
+)
+def test_compiled_decoding_gives_the_eager_tokens(family, order):
+    model = tiny(family, TokenSpec.ids((4, 4), 11), depth=1)
+    decoding = Decoding(order and Order(order), guidance=Schedule(2))
+    eager = decode(model, LABELS, Noise(0, range(3)), decoding)
     model.compile_decoding()
-    assert torch.equal(
-        decode(model, condition_of(model, LABELS), Noise(0, range(3)), decoding), eager
+    assert torch.equal(decode(model, LABELS, Noise(0, range(3)), decoding), eager)
+
+
+@pytest.mark.parametrize(
+    ("family", "order", "passes"),
+    [
+        (LlamaGen, None, 256),
+        (LlamaGen, "zipar(4)", 88),
+        (LlamaGen, "zipar(16)", 256),
+        (PAR, None, 67),
+        (NAR, None, 31),
+    ],
+)
+def test_forward_passes_of_a_grid_of_16(family, order, passes):
+    model = tiny(family, TokenSpec.ids((16, 16), 11), depth=1)
+    rows = []
+    transformer = model.transformer
+    model.transformer = lambda x, *rest, **more: (
+        rows.append(x.shape),
+        transformer(x, *rest, **more),
+    )[1]
+    decode(model, LABELS, Noise(0, range(3)), Decoding(order and Order(order), Schedule(2)))
+    assert len(rows) == passes
+    assert all(batch == 6 for batch, _, _ in rows)
+
+
+def test_zipped_rows_of_another_order_are_refused():
+    for model in (tiny(PAR, GRID), tiny(NAR, GRID), tiny(LlamaGen, GRID, order="diagonal")):
+        with pytest.raises(UserError, match=re.escape(f"decodes by {model.orders[0]}, not by")):
+            model.plan(Order("zipar(2)"))
+    with pytest.raises(UserError, match="train with order raster"):
+        tiny(LlamaGen, GRID, order="zipar(2)")
+
+
+def test_zipar_of_the_whole_width_is_raster():
+    model, decoding = tiny(LlamaGen, ODD), Decoding(guidance=Schedule(2))
+    raster = decode(model, LABELS, Noise(0, range(3)), decoding)
+    for window in (5, 8, 0):
+        order = Order(f"zipar({window})")
+        zipped = decode(model, LABELS, Noise(0, range(3)), decoding.changed(plan=order))
+        assert torch.equal(zipped, raster)
+
+
+def test_zipar_leaves_no_trace_in_a_used_cache():
+    """Slots that a pass reads before they are written hold zeros again at every call."""
+    model, order = tiny(LlamaGen, GRID), Order("zipar(2)")
+    state = model.new_state(3, model.plan(order))
+    first, again = (
+        decode(model, LABELS, Noise(seed, range(3)), Decoding(order), state) for seed in (0, 1)
     )
+    assert torch.equal(decode(model, LABELS, Noise(0, range(3)), Decoding(order), state), first)
+    assert not torch.equal(first, again)
+
+
+def test_unwritten_slots_weigh_in_unless_masked():
+    """ZipAR's two rules by hand: the logits of a pass, with zeros for what is not there yet."""
+    model = tiny(LlamaGen, GRID, depth=1)
+    plans = [model.plan(Order(f"zipar(2{rule})")) for rule in ("", ",masked")]
+    assert len(plans[0]) == len(plans[1])
+    hidden_slots = [
+        int((~fed.sees).sum()) - int((~other.sees).sum())
+        for other, fed in zip(plans[0].passes, plans[1].passes, strict=True)
+        if fed.sees is not None
+    ]
+    assert min(hidden_slots) >= 0
+    assert max(hidden_slots) > 0
+
+
+def test_padding_of_captions_changes_nothing():
+    """A caption in more rows of padding gives the same tokens' logits: rows hold no places."""
+    model = tiny(LlamaGen, GRID, caption_dim=6, caption_length=5)
+    longer = LlamaGen.from_config({**model.arguments, "caption_length": 8}).eval()
+    state = model.state_dict()
+    state["condition.null_features"] = longer.condition.null_features
+    longer.load_state_dict(state)
+    features, lengths = torch.randn(2, 5, 6), torch.tensor([2, 5])
+    tokens = torch.randint(11, (2, 4, 4))
+    short = Captions.left_padded(features, lengths)
+    long = Captions.left_padded(torch.nn.functional.pad(features, (0, 0, 0, 3)), lengths)
+    with torch.inference_mode():
+        expected = model.teacher_forced(tokens, short)
+        assert torch.allclose(longer.teacher_forced(tokens, long), expected, atol=1e-4)
+
+
+def test_a_model_loaded_in_half_precision_samples(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = Generator.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).eval()
+    assert loaded.dtype == torch.bfloat16
+    condition = condition_of(loaded, LABELS)
+    tokens = decode(loaded, condition, Noise(0, range(3)), Decoding(guidance=Schedule(2)))
+    assert ((tokens >= 0) & (tokens < 11)).all()
+
+
+def test_the_wrong_kind_of_condition_is_refused():
+    with pytest.raises(UserError, match="class-conditional"):
+        tiny(LlamaGen, GRID)(
+            torch.zeros(2, 4, 4).long(), Captions(torch.zeros(2, 5, 6), torch.ones(2, 5).bool())
+        )
+    with pytest.raises(UserError, match=r"give it captions \(B, 5, 6\)"):
+        tiny(PAR, GRID, caption_dim=6, caption_length=5)(
+            torch.zeros(2, 4, 4).long(), torch.zeros(2).long()
+        )
 
 
 def test_a_generator_is_not_a_tokenizer(tmp_path):

@@ -142,6 +142,7 @@ class LlamaGen(Generator):
         return self.condition.null(condition)
 
     def with_null(self, condition: Condition) -> Condition:
+        self.condition.check(condition)
         return self.condition.with_null(condition)
 
     def forward(
@@ -152,6 +153,7 @@ class LlamaGen(Generator):
     ) -> GeneratorOutput:
         """Cross-entropy over all positions, every row at once under the plan's mask; `weight`
         counts some images more than others, or not at all."""
+        self.condition.check(condition)
         if self.training:
             dropped = torch.rand(len(tokens), device=tokens.device) < self.condition_dropout
             condition = self.condition.drop(condition, dropped)
