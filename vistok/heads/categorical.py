@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from vistok.decoding.noise import Noise
 from vistok.decoding.sampling import Sampling, sample_categorical
 from vistok.heads.base import Head
+from vistok.layers.linear import Linear
 from vistok.models import register_to_config
 
 
@@ -18,7 +19,7 @@ class CategoricalHead(Head):
     @register_to_config
     def __init__(self, dim: int, vocab_size: int):
         super().__init__()
-        self.linear = nn.Linear(dim, vocab_size, bias=False)
+        self.linear = Linear(dim, vocab_size)
         nn.init.zeros_(self.linear.weight)
 
     def logits(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch v"]:

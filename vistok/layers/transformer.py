@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from vistok.layers.cache import KVCache
+from vistok.layers.linear import Linear
 from vistok.layers.norms import RMSNorm
 from vistok.layers.rotary import rotate
 
@@ -26,8 +27,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int, dropout: float):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
-        self.qkv = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(num_heads * self.head_dim, dim, bias=False)
+        self.qkv = Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim)
+        self.out = Linear(num_heads * self.head_dim, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -69,8 +70,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float):
         super().__init__()
-        self.gate_value = nn.Linear(dim, 2 * hidden_dim, bias=False)
-        self.out = nn.Linear(hidden_dim, dim, bias=False)
+        self.gate_value = Linear(dim, 2 * hidden_dim)
+        self.out = Linear(hidden_dim, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "b r d"]) -> Float[Tensor, "b r d"]:
