@@ -328,6 +328,12 @@ def test_padding_of_captions_changes_nothing():
     with torch.inference_mode():
         expected = model.teacher_forced(tokens, short)
         assert torch.allclose(longer.teacher_forced(tokens, long), expected, atol=1e-4)
+    for order in ("raster", "zipar(2)", "zipar(1,masked)"):
+        decoded = [
+            decode(net, captions, Noise(0, range(2)), Decoding(Order(order), Schedule(1)))
+            for net, captions in ((model, short), (longer, long))
+        ]
+        assert torch.equal(*decoded)
 
 
 def test_a_model_loaded_in_half_precision_samples(model, tmp_path):

@@ -13,8 +13,10 @@ from vistok.checkpoints.files import ENTRIES, read_weights
 from vistok.decoding import Order, Schedule
 from vistok.errors import UserError
 from vistok.pipelines import DEFAULT, write_decoding
+from vistok.text import caption_shape, remember_encoder
 from vistok.tokenizers import Tokenizer
 
+TEXT_ENCODER = "google/flan-t5-xl"  # of all published text-conditional models
 # PAR and NAR publish LlamaGen's layout, and use its tokenizers.
 IMPORTERS = {
     "llamagen": llamagen.convert,
@@ -54,6 +56,8 @@ def main(
     part = "tokenizer" if isinstance(model, Tokenizer) else "generator"
     if part == "generator":
         model.plan(plan)  # raises before anything is written
+        if caption_shape(model):
+            remember_encoder(model, TEXT_ENCODER)
     model.save_pretrained(Path(out, part))
     if part == "generator":
         write_decoding(Path(out), DEFAULT.changed(plan=plan, guidance=guidance))

@@ -8,7 +8,7 @@ from torch import Tensor
 from vistok.decoding.orders import Order
 from vistok.decoding.plans import Pass, Plan
 from vistok.errors import IncompatibleTokensError
-from vistok.generators.conditions import Condition
+from vistok.generators.conditions import CaptionCondition, ClassCondition, Condition
 from vistok.heads.base import Head
 from vistok.models import Model
 from vistok.tokens import TokenSpec
@@ -27,12 +27,14 @@ class Generator(Model):
     `step` once per pass of a plan. No cache, counter or mask lives on the module.
 
     Attributes: `spec`, the tokens it was built for; `class_names`, in the order of the labels;
-    `head`, hidden state to tokens; `kinds`, the kinds of tokens the family accepts.
+    `condition`, class or caption to the first rows; `head`, hidden state to tokens; `kinds`, the
+    kinds of tokens the family accepts.
     """
 
     kinds: tuple[str, ...] = ("ids",)
     spec: TokenSpec
     class_names: tuple[str, ...]
+    condition: ClassCondition | CaptionCondition
     head: Head
 
     def check_spec(self, spec: TokenSpec) -> None:

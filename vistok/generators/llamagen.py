@@ -177,7 +177,7 @@ class LlamaGen(Generator):
             mask = rows.block_mask
         padding = self.condition.hidden_rows(condition)
         if padding is not None:
-            mask = hide(rows.mask, padding, rows.rows)
+            mask = hide(rows.mask, padding, rows.rows, len(rows.condition))
         hidden = self.transformer(
             self.embed(tokens.flatten(1), condition, rows),
             self.rotary_rows(rows),
@@ -214,7 +214,7 @@ class LlamaGen(Generator):
             mask = torch.cat([mask.new_ones(fed.rows, cache.filled), mask], dim=1)
         padding = self.condition.hidden_rows(condition)
         if padding is not None:
-            mask = hide(mask, padding, end)
+            mask = hide(mask, padding, end, len(fed.condition))
         hidden = self.transformer(
             self.embed(tokens, condition, fed),
             state.rotary[fed] if fed in state.rotary else self.rotary_rows(fed),
@@ -272,10 +272,13 @@ class LlamaGen(Generator):
 
 
 def hide(
-    mask: Bool[Tensor, "r end"] | None, padding: Bool[Tensor, "b l"], end: int
-) -> Bool[Tensor, "b 1 r end"]:
-    """Hide padding, the first rows of the sequence, from all rows but itself."""
+    mask: Bool[Tensor, "r end"] | None, padding: Bool[Tensor, "b l"], end: int, own: int
+) -> Bool[Tensor, "b 1 _ end"]:
+    """Hide padding, the first rows of the sequence, from all rows but itself; the first `own` rows
+    of the mask are those of the sequence."""
     visible = nn.functional.pad(~padding, (0, end - padding.shape[1]), value=True)[:, None, None]
     if mask is None:
         return visible
-    return (mask & visible) | torch.eye(*mask.shape, dtype=torch.bool, device=mask.device)
+    itself = torch.eye(*mask.shape, dtype=torch.bool, device=mask.device)
+    itself[own:] = False
+    return (mask & visible) | itself
