@@ -126,7 +126,8 @@ def main(
 
     rate = f"{len(todo) / seconds:.1f} images/s a process" if todo else "all were there already"
     passes = len(pipeline.generator.plan(decoding.plan))
-    print(f"{count} images in {folder}: {rate}, {passes} passes an image")
+    most = "at most " if decoding.plan and decoding.plan.adaptive_window else ""
+    print(f"{count} images in {folder}: {rate}, {most}{passes} passes an image")
     if count >= len(names):
         write_grid(folder.with_name(folder.name + ".png"), files, names)
     if npz:
