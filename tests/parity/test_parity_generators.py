@@ -14,11 +14,7 @@ from vistok.generators import Captions, LlamaGen
 
 UNCOMPARED = {
     "rng_tokens": "informative: drawn by torch.multinomial, which we do not call",
-    "train.embedded": "inner activation",
-    "train_ffn0": "inner activation",
-    "train_attn0*": "inner activation; the block that holds it is compared",
     "*.kcache_last": "inner state in the official slots and padding; every logit is compared",
-    "gen.*.mask": "padded to the official cache; the training mask, equal in its rows, is compared",
 }
 # Their rows beyond the last fed one (tokens that no pass reads) have no counterpart here.
 
@@ -132,20 +128,25 @@ def interval_scales(plan, scale, interval, counted):
 
 
 def first_block(model):
-    """Record the output of the first block of the next forward pass."""
-    seen = {}
-    handle = model.blocks[0].register_forward_hook(lambda m, i, o: seen.update(first=o))
-    return seen, handle
+    """Record what the first block and its two layers put out in the next forward pass."""
+    seen, block = {}, model.blocks[0]
+    modules = {"block0": block, "attn0": block.attention, "ffn0": block.feed_forward}
+    handles = [
+        module.register_forward_hook(lambda m, i, o, name=name: seen.update({name: o}))
+        for name, module in modules.items()
+    ]
+    return seen, handles
 
 
 def teacher_force(model, tokens, condition, weight=None):
-    """Return the first block's output, all logits in raster order, and the loss."""
-    seen, handle = first_block(model)
+    """Return outputs of the first block, all logits in raster order, and the loss."""
+    seen, handles = first_block(model)
     hidden = model.teacher_forced(tokens.view(-1, *model.spec.shape), condition)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     logits = model.head.logits(hidden)
     loss = model(tokens.view(-1, *model.spec.shape), condition, weight).loss
-    return seen["first"], logits, loss
+    return seen, logits, loss
 
 
 def rotary_pairs(model, rows):
@@ -173,7 +174,8 @@ def test_llamagen(folder):
     if "labels" in case.inputs:
         labels, wanted = case.inputs["labels"], case.inputs["gen_labels"]
         first, logits, loss = teacher_force(model, tokens, labels)
-        case.compare("train_block0", first)
+        for name, output in first.items():
+            case.compare(f"train_{name}", output)
         final = {}
         handle = model.norm.register_forward_hook(lambda m, i, o: final.update(norm=o))
         model.teacher_forced(tokens.view(-1, *shape), labels)
@@ -194,7 +196,8 @@ def test_llamagen(folder):
         first, logits, loss = teacher_force(model, tokens, wanted, case.inputs["valid"].float())
         length = args["cls_token_num"]
         case.compare("train_mask_rowsum", text_mask(wanted.mask, n).sum(-1))
-        case.compare("train_block0_tail", first[:, length - 8 :])
+        for name, output in first.items():
+            case.compare(f"train_{name}_tail", output[:, length - 8 :])
         case.compare("cap_proj", model.condition(wanted)[:, -6:])
         null = model.null_condition(wanted[:1])
         case.compare("uncond_proj", model.condition(null)[:, :6])
@@ -261,7 +264,8 @@ def test_par(folder):
     case.compare("freqs_cis", rotary_pairs(model, rows)[fed], lambda t: t[:count])
     case.compare("train_mask", rows.mask[fed][:, fed], lambda t: t[:count, :count])
     first, logits, loss = teacher_force(model, tokens, labels)
-    case.compare("train_block0", first[:, fed], lambda t: t[:, :count])
+    for name, output in first.items():
+        case.compare(f"train_{name}", output[:, fed], lambda t: t[:, :count])
     case.compare("train_logits", logits[:, order])
     case.compare("train_loss", loss)
     cached = cached_logits(model, tokens.repeat(2, 1), model.with_null(labels))
@@ -327,7 +331,10 @@ def test_nar(folder):
     if isinstance(condition, Captions):
         visible = F.pad(condition.mask, (0, rows.rows - length), value=True)[:, None]
         mask = (mask & visible) | torch.eye(rows.rows, dtype=torch.bool)
-    case.compare("train.mask", mask, lambda t: t[:, kept][:, :, kept])
+    for name in ("train", *(f"gen.{run}" for run in case.description["generation"])):
+        case.compare(f"{name}.mask", mask, lambda t: t[:, kept][:, :, kept])
+    embedded = model.embed(tokens, condition, rows)[:, raster]
+    case.compare("train.embedded", embedded, lambda t: t[:, kept])
 
     blocks = []
     handles = [

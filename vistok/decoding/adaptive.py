@@ -7,7 +7,7 @@ released code has fixed windows only, which are plans (`vistok.Order("zipar(16)"
 depend on what was drawn, so that images are decoded one by one and the host waits at each pass.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
@@ -16,7 +16,7 @@ from torch.nn.functional import one_hot
 
 from vistok.decoding.loop import Decoding, Steppable
 from vistok.decoding.noise import Noise
-from vistok.decoding.orders import Order
+from vistok.decoding.orders import Order, in_slots
 from vistok.decoding.plans import Pass, Plan
 from vistok.decoding.sampling import Sampling, inverse_cdf, probabilities
 
@@ -39,10 +39,13 @@ def decode_adaptively(
     height, width = generator.spec.shape
     draws = noise.uniform(height * width).to(condition.device)
     tests = noise.uniform(height, width, 2).to(condition.device)
-    decoded = [
-        _decode_one(generator, condition[i : i + 1], draws[i], tests[i], window, decoding)
-        for i in range(len(condition))
-    ]
+    guided = any(scale != 1 for scale in decoding.scales(generator.plan()))
+    state = generator.new_state(1 + guided, generator.plan(Order("zipar(1)")))
+    decoded = []
+    for i in range(len(condition)):
+        one = condition[i : i + 1]
+        one = generator.with_null(one) if guided else one
+        decoded.append(_decode_one(generator, one, draws[i], tests[i], window, decoding, state))
     return torch.stack([tokens for tokens, _ in decoded]), [passes for _, passes in decoded]
 
 
@@ -53,18 +56,16 @@ def _decode_one(
     tests: Float[Tensor, "h w 2"],
     window: int,
     decoding: Decoding,
+    state: object,
 ) -> tuple[Int64[Tensor, "h w"], int]:
     height, width = generator.spec.shape
-    guided = any(scale != 1 for scale in decoding.scales(generator.plan()))
-    condition = generator.with_null(condition) if guided else condition
-    state = generator.new_state(len(condition), generator.plan(Order("zipar(1)")))
     state.reset()
     tokens = torch.zeros(len(condition), height * width, dtype=torch.long, device=draws.device)
 
     def distributions(fed: Pass) -> Float[Tensor, "s v"]:
         fraction = sum(produced) / (height * width)
         hidden = generator.step(tokens, condition, fed.to(draws.device), state)
-        null = hidden[1:] if guided else None
+        null = hidden[1:] if len(hidden) > 1 else None
         logits = generator.head.guided_logits(hidden[:1], null, decoding.guidance(fraction))
         return sharpened(logits[0], decoding.sampling(fraction))
 
@@ -113,9 +114,10 @@ def retest(
 ) -> tuple[Int64[Tensor, ""], bool]:
     """Turn a draw of `before` into a draw of `now`: keep it with probability now / before, else
     draw from what `now` has in excess. Return it and whether it was kept. Takes two uniforms."""
-    if accepts * before[candidate] < now[candidate]:
-        return candidate, True
     excess = (now - before).clamp(min=0)
+    # Distributions that differ by rounding alone may leave no excess to draw from.
+    if accepts * before[candidate] < now[candidate] or not excess.any():
+        return candidate, True
     return inverse_cdf(excess / excess.sum(), draw), False
 
 
@@ -140,17 +142,9 @@ def _next_pass(
             (row - 2) * width + produced[row - 2] - 1 if stands_in else end_above + column
         )
         cells.append(end_above + column)
-        source.append([len(cells) - 1])
+        source.append(len(cells) - 1)
         rows.append(row)
         if column == 0 and not stands_in:
             flushed.add(row - 1)
-    slots = condition_rows + torch.tensor(cells)
-    fed = Pass.of(
-        rank=[0] * len(tokens),
-        tokens=tokens,
-        cells=cells,
-        predict=[row * width + produced[row] for row in rows],
-        source=source,
-    )
-    sees = torch.arange(int(slots.max()) + 1) <= slots[:, None]
-    return replace(fed, slots=slots, sees=sees), rows
+    predict = [row * width + produced[row] for row in rows]
+    return in_slots(condition_rows, 0, tokens, cells, predict, source), rows

@@ -6,6 +6,7 @@ themselves. Rows of one pass share a rank and see each other; later ranks see ea
 
 import inspect
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, wraps
 from itertools import pairwise, product
@@ -228,21 +229,34 @@ def zipar(
                 tokens.append(newest if stands_in else before)
                 cells.append(before)
                 predict.append(before + 1)
-        slots = condition_rows + torch.tensor(cells)
-        written[slots] = True
-        end = int(slots.max()) + 1
-        sees = torch.arange(end) <= slots[:, None]
+        rank = len(passes) + condition_rows - 1
+        source = range(len(tokens) - len(predict), len(tokens))
+        fed = in_slots(condition_rows, rank, tokens, cells, predict, source)
         if rule == "masked":
-            sees &= written[:end]
-        fed = Pass.of(
-            rank=[len(passes) + condition_rows - 1] * len(tokens),
-            tokens=tokens,
-            cells=cells,
-            predict=predict,
-            source=[[i] for i in range(len(tokens) - len(predict), len(tokens))],
-        )
-        passes.append(replace(fed, slots=slots, sees=sees))
+            written[fed.slots] = True
+            fed = replace(fed, sees=fed.sees & written[: fed.sees.shape[1]])
+        passes.append(fed)
     return Plan("zipar", shape, tuple(passes))
+
+
+def in_slots(
+    condition_rows: int,
+    rank: int,
+    tokens: Sequence[int],
+    cells: Sequence[int],
+    predict: Sequence[int],
+    source: Iterable[int],
+) -> Pass:
+    """A pass whose rows lie in the slots of their cells and see all slots up to their own."""
+    slots = condition_rows + torch.tensor(cells)
+    fed = Pass.of(
+        rank=[rank] * len(tokens),
+        tokens=tokens,
+        cells=cells,
+        predict=predict,
+        source=[[row] for row in source],
+    )
+    return replace(fed, slots=slots, sees=torch.arange(int(slots.max()) + 1) <= slots[:, None])
 
 
 _ORDERS = {order.__name__: order for order in (raster, diagonal, random, par, nar, zipar)}

@@ -70,8 +70,8 @@ class ClassCondition(nn.Embedding):
     def drop(self, labels: Int64[Tensor, "b"], dropped: Bool[Tensor, "b"]) -> Int64[Tensor, "b"]:
         return torch.where(dropped, self.null(labels), labels)
 
-    def hidden_rows(self, labels: Int64[Tensor, "b"]) -> None:
-        """No row of the condition is hidden."""
+    def real_rows(self, labels: Int64[Tensor, "b"]) -> None:
+        """Return None: no row is padding."""
 
     def check(self, labels: object) -> None:
         """Raise `UserError` unless `labels` are class labels; values are not read."""
@@ -111,9 +111,9 @@ class CaptionCondition(nn.Module):
         null = self.null(captions).features
         return Captions(torch.where(dropped[:, None, None], null, captions.features), captions.mask)
 
-    def hidden_rows(self, captions: Captions) -> Bool[Tensor, "b l"]:
-        """Which rows are padding, hidden from all but themselves."""
-        return ~captions.mask
+    def real_rows(self, captions: Captions) -> Bool[Tensor, "b l"]:
+        """Return which rows are not padding; padding is hidden from all rows but itself."""
+        return captions.mask
 
     def check(self, captions: object) -> None:
         """Raise `UserError` unless `captions` have this model's length and channels."""

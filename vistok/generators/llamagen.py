@@ -175,9 +175,9 @@ class LlamaGen(Generator):
         mask = None if rows.is_causal else rows.mask
         if mask is not None and tokens.is_cuda:
             mask = rows.block_mask
-        padding = self.condition.hidden_rows(condition)
-        if padding is not None:
-            mask = hide(rows.mask, padding, rows.rows, len(rows.condition))
+        real = self.condition.real_rows(condition)
+        if real is not None:
+            mask = hide_padding(rows.mask, real, rows.rows, len(rows.condition))
         hidden = self.transformer(
             self.embed(tokens.flatten(1), condition, rows),
             self.rotary_rows(rows),
@@ -212,11 +212,12 @@ class LlamaGen(Generator):
         mask = fed.mask if fed.sees is None else fed.sees
         if mask is not None and mask.shape[1] < end:
             mask = torch.cat([mask.new_ones(fed.rows, cache.filled), mask], dim=1)
-        padding = self.condition.hidden_rows(condition)
-        if padding is not None:
-            mask = hide(mask, padding, end, len(fed.condition))
+        real = self.condition.real_rows(condition)
+        if real is not None:
+            mask = hide_padding(mask, real, end, len(fed.condition))
         hidden = self.transformer(
             self.embed(tokens, condition, fed),
+            # An adaptive window makes up its passes on the way: no plan holds them.
             state.rotary[fed] if fed in state.rotary else self.rotary_rows(fed),
             mask=mask,
             cache=cache,
@@ -271,12 +272,12 @@ class LlamaGen(Generator):
         return self.norm(hidden if rows.is_aligned else hidden[:, rows.source[:, 0]])
 
 
-def hide(
-    mask: Bool[Tensor, "r end"] | None, padding: Bool[Tensor, "b l"], end: int, own: int
+def hide_padding(
+    mask: Bool[Tensor, "r end"] | None, real: Bool[Tensor, "b l"], end: int, own: int
 ) -> Bool[Tensor, "b 1 _ end"]:
-    """Hide padding, the first rows of the sequence, from all rows but itself; the first `own` rows
-    of the mask are those of the sequence."""
-    visible = nn.functional.pad(~padding, (0, end - padding.shape[1]), value=True)[:, None, None]
+    """Hide those of the first `l` keys that are not `real` from all rows but themselves, which are
+    among the first `own` rows of the mask."""
+    visible = nn.functional.pad(real, (0, end - real.shape[1]), value=True)[:, None, None]
     if mask is None:
         return visible
     itself = torch.eye(*mask.shape, dtype=torch.bool, device=mask.device)
