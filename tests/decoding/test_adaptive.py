@@ -66,3 +66,11 @@ def test_retesting_turns_draws_of_one_distribution_into_draws_of_another():
         kept += accepted
     assert torch.allclose(counts / n, now, atol=0.03)
     assert kept / n == pytest.approx(torch.minimum(before, now).sum().item(), abs=0.03)
+
+
+def test_a_difference_by_rounding_alone_keeps_the_candidate():
+    before = torch.tensor([0.5, 0.5, 0.0])
+    now = torch.tensor([0.4999999, 0.5, 0.0])  # less than before in one place, more in none
+    accepts, draw = torch.tensor(1 - 1e-12, dtype=torch.float64), torch.tensor(0.7)
+    token, accepted = retest(torch.tensor(0), before, now, accepts, draw)
+    assert (token, accepted) == (0, True)
