@@ -8,7 +8,7 @@ import importlib
 _MODULES = {
     "vistok.tokens": ["TokenSpec"],
     "vistok.pipelines": ["ImagePipeline"],
-    "vistok.quantizers": ["FSQ", "StochasticVQ", "VQ"],
+    "vistok.quantizers": ["FSQ", "Gaussian", "StochasticVQ", "VQ"],
     "vistok.tokenizers": ["ConvTokenizer", "LARP", "TiTok", "Tokenizer"],
     "vistok.heads": ["CategoricalHead"],
     "vistok.generators": ["NAR", "PAR", "Captions", "Generator", "LlamaGen"],

@@ -202,22 +202,24 @@ class ImagePipeline:
         """Decode the tokens of images `indices` of the run `seed`, conditioned on labels or on
         captions. Each depends on the weights, its label or caption, `decoding`, `seed` and its own
         index alone."""
+        return self._sample_tokens(condition, Noise(seed, indices), decoding)
+
+    def _sample_tokens(
+        self, condition: Condition, noise: Noise, decoding: Decoding | None
+    ) -> Tensor:
         self.generator.condition.check(condition)
         if self.conditioning == "class":
             self.labels(condition.tolist())
         condition = condition.to(self.device)
         decoding = decoding or self.decoding
-        plan = self.generator.plan(decoding.plan)
+        plan = decoding.plan_of(self.generator)
         if decoding.plan and decoding.plan.adaptive_window:
             window = decoding.plan.adaptive_window
-            noise = Noise(seed, indices)
             return decode_adaptively(self.generator, condition, noise, window, decoding)[0]
         rows = len(condition) * (2 if any(s != 1 for s in decoding.scales(plan)) else 1)
         if (rows, plan) not in self._states:
             self._states = {(rows, plan): self.generator.new_state(rows, plan)}
-        return decode(
-            self.generator, condition, Noise(seed, indices), decoding, self._states[rows, plan]
-        )
+        return decode(self.generator, condition, noise, decoding, self._states[rows, plan])
 
     @torch.inference_mode()
     def sample(
@@ -229,7 +231,8 @@ class ImagePipeline:
     ) -> Float[Tensor, "b 3 h w"]:
         """As `sample_tokens`, decoded to images in [0, 1]. Raises `UserError` for images that are
         not finite, rather than returning them black."""
-        images = self.tokenizer.decode(self.sample_tokens(condition, seed, indices, decoding))
+        noise = Noise(seed, indices)  # the tokenizer's decoder draws on where the generator ended
+        images = self.tokenizer.decode(self._sample_tokens(condition, noise, decoding), noise=noise)
         if not torch.isfinite(images).all():
             raise UserError(f"images {list(map(int, indices))} of seed {seed} are not finite")
         return images

@@ -10,7 +10,7 @@ between them. Three kinds cover the field:
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -68,6 +68,11 @@ class TokenSpec:
         return isinstance(self.shape[0], tuple)
 
     @property
+    def has_prefixes(self) -> bool:
+        """Whether any first tokens of a sequence decode."""
+        return self.ordered and not self.is_scales and len(self.shape) == 1
+
+    @property
     def num_tokens(self) -> int:
         """Positions per image."""
         if self.is_scales:
@@ -95,11 +100,22 @@ class TokenSpec:
         positions = (self.num_tokens,) if self.is_scales else self.shape
         return (*positions, *self.value_shape)
 
+    def first(self, length: int) -> "TokenSpec":
+        """Return the spec of the first `length` tokens; raise `UserError` unless they decode."""
+        least = 1 if self.has_prefixes else self.num_tokens
+        if not least <= length <= self.num_tokens:
+            fits = f"1 to {self.num_tokens}" if self.has_prefixes else f"all {self.num_tokens}"
+            raise UserError(f"length {length}: {self} decodes from {fits} tokens")
+        return replace(self, shape=(length,)) if length < self.num_tokens else self
+
     def check(self, tokens: Tensor, where: str) -> None:
-        """Raise `UserError` unless `tokens` (B, ...) are tokens of this spec; values are not read,
-        so that no device has to wait."""
+        """Raise `UserError` unless `tokens` (B, ...) are tokens of this spec or, where it is
+        ordered, a prefix of them; values are not read, so that no device has to wait."""
         integer = not (tokens.is_floating_point() or tokens.dtype == torch.bool)
-        if tuple(tokens.shape[1:]) != self.tensor_shape or integer == (self.kind == "latents"):
+        found, wanted = tuple(tokens.shape[1:]), self.tensor_shape
+        if self.has_prefixes and found and 1 <= found[0] <= wanted[0]:
+            wanted = (found[0], *wanted[1:])
+        if found != wanted or integer == (self.kind == "latents"):
             expected = ", ".join(map(str, ("B", *self.tensor_shape)))
             got = f"{tokens.dtype} {tuple(tokens.shape)}"
             raise UserError(f"{where}: got {got}, expected {self} as ({expected})")

@@ -15,6 +15,9 @@ from vistok.decoding.schedules import Schedule
 from vistok.tokens import TokenSpec
 
 
+SCHEDULES = ("guidance", "temperature", "budget", "randomness")  # of a `Decoding`
+
+
 @runtime_checkable
 class Steppable(Protocol):
     """What the loop asks of a generator; see `vistok.generators.Generator`."""
@@ -33,7 +36,8 @@ class Decoding:
     """How tokens are decoded: the order (None: the model's own) and the schedules of progress.
 
     `guidance` is the classifier-free scale (Ho & Salimans, 2022), 1 being off; `budget` the inner
-    steps of diffusion and flow heads.
+    steps of diffusion and flow heads; `randomness` the Gumbel noise of masked decoding. `length`
+    stops after that many tokens, where any prefix decodes.
     """
 
     plan: Order | None = None
@@ -42,6 +46,8 @@ class Decoding:
     top_k: int = 0
     top_p: float = 1.0
     budget: Schedule = Schedule(1)
+    randomness: Schedule = Schedule("linear(4.5,0)")
+    length: int | None = None
 
     def __post_init__(self):
         # Mistakes surface here, before any work, rather than at the first token.
@@ -54,15 +60,27 @@ class Decoding:
 
     def to_dict(self) -> dict[str, str | float]:
         """JSON form; `Decoding.from_dict` is its inverse."""
-        order = {} if self.plan is None else {"plan": str(self.plan)}
-        schedules = {k: str(getattr(self, k)) for k in ("guidance", "temperature", "budget")}
-        return {**order, **schedules, "top_k": self.top_k, "top_p": self.top_p}
+        chosen = {} if self.plan is None else {"plan": str(self.plan)}
+        if self.length is not None:
+            chosen["length"] = self.length
+        schedules = {k: str(getattr(self, k)) for k in SCHEDULES}
+        return {**chosen, **schedules, "top_k": self.top_k, "top_p": self.top_p}
 
     @classmethod
     def from_dict(cls, settings: dict[str, str | float]) -> "Decoding":
         order = {"plan": Order(settings["plan"])} if "plan" in settings else {}
-        schedules = {k: Schedule(settings[k]) for k in ("guidance", "temperature", "budget")}
+        # A checkpoint written before a setting was known decodes by its default.
+        schedules = {k: Schedule(settings[k]) for k in SCHEDULES if k in settings}
         return cls(**{**settings, **order, **schedules})
+
+    def plan_of(self, generator: "Steppable") -> Plan:
+        """The passes by which a generator decodes under these settings; raises `UserError` for an
+        order or a length that does not fit it."""
+        plan = generator.plan(self.plan)
+        if self.length is None or self.length == generator.spec.num_tokens:
+            return plan
+        generator.spec.first(self.length)
+        return plan.first(self.length)
 
     def sampling(self, fraction: float) -> Sampling:
         """How tokens are drawn when `fraction` of them is decoded."""
@@ -82,16 +100,17 @@ def decode(
     state: object = None,
     on_pass: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Decode one batch of tokens, (B, *spec.tensor_shape), for `condition`: B labels, or anything
-    else with a length, slices and a device that the generator takes.
+    """Decode one batch of tokens, (B, *spec.tensor_shape), or the first `decoding.length` of each,
+    for `condition`: B labels, or anything else with a length, slices and a device that the
+    generator takes.
 
     The conditional and null halves of guidance run as one batch; the null half is dropped after the
     last pass that needs it. `state` may be that of an earlier call with equal sizes (its memory is
     used again); `on_pass(t, tokens)` sees the tokens after each pass.
     """
     decoding = decoding or Decoding()
-    plan = generator.plan(decoding.plan).to(condition.device)
-    spec, batch = generator.spec, len(condition)
+    plan = decoding.plan_of(generator).to(condition.device)
+    spec, batch = generator.spec.first(decoding.length or generator.spec.num_tokens), len(condition)
 
     scales = decoding.scales(plan)
     guided_passes = max((t + 1 for t, scale in enumerate(scales) if scale != 1), default=0)

@@ -39,7 +39,8 @@ class StoredNoise(Noise):
 
     def uniform(self, *shape: int) -> Float[Tensor, "b ..."]:
         draw = next(self.draws)
-        if tuple(draw.shape[1:]) != shape:
+        # One number for each entry of a vocabulary may stand in place of one for each token.
+        if tuple(draw.shape[1 : 1 + len(shape)]) != shape:
             raise ValueError(f"stored noise {tuple(draw.shape)}, asked for (B, {shape})")
         return draw
 

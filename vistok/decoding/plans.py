@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from vistok.errors import UserError
 from vistok.tokens import Shape
 
 
@@ -156,6 +157,21 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.passes)
+
+    @lru_cache(maxsize=64)  # noqa: B019 - as of `to`
+    def first(self, length: int) -> "Plan":
+        """Return the passes that decode the first `length` positions; raise `UserError` where the
+        order does not decode these first."""
+        passes, decoded = [], 0
+        for fed in self.passes:
+            if decoded == length:
+                break
+            passes.append(fed)
+            decoded += len(fed.predict)
+        found = torch.cat([fed.predict for fed in passes]).sort().values
+        if found.tolist() != list(range(length)):
+            raise UserError(f"order {self.name} does not decode the first {length} tokens first")
+        return replace(self, shape=(length,), passes=tuple(passes))
 
     @cached_property
     def fractions(self) -> list[float]:

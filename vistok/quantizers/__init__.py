@@ -2,7 +2,8 @@
 
 from vistok.quantizers.base import Quantized, Quantizer, code_statistics
 from vistok.quantizers.fsq import FSQ
+from vistok.quantizers.gaussian import Gaussian
 from vistok.quantizers.stochastic_vq import StochasticVQ
 from vistok.quantizers.vq import VQ
 
-__all__ = ["FSQ", "VQ", "Quantized", "Quantizer", "StochasticVQ", "code_statistics"]
+__all__ = ["FSQ", "VQ", "Gaussian", "Quantized", "Quantizer", "StochasticVQ", "code_statistics"]

@@ -1,5 +1,6 @@
 """What every quantizer takes and returns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vistok.models import Component
+from vistok.tokens import TokenSpec
 
 
 @dataclass
@@ -14,25 +16,41 @@ class Quantized:
     """The result of any quantizer.
 
     `quantised` carries the straight-through gradient in training and is the exact code in eval;
-    `losses` are scalars, already weighted, to be summed; `usage` (share of the codebook hit) and
-    `perplexity` (e to the entropy of the code histogram) describe this batch.
+    `ids` are the tokens, the latents themselves where these stay continuous; `losses` are scalars,
+    already weighted, to be summed; `usage` (share of the codebook hit) and `perplexity` (e to the
+    entropy of the code histogram) describe this batch, where there is a codebook.
     """
 
     quantised: Float[Tensor, "*positions d"]
-    ids: Int64[Tensor, "*positions"]
+    ids: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
     usage: Tensor | None = None
     perplexity: Tensor | None = None
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """What to log beside the losses."""
+        found = {"usage": self.usage, "perplexity": self.perplexity}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class Quantizer(Component):
     """Latents to codes and back, channels last. Works in float32 whatever the autocast dtype.
 
-    Attributes: `dim`, channels of a latent; `vocab_size`, number of codes.
+    Attributes: `dim`, channels of a latent; `in_dim`, channels of what it is made from, where these
+    are more; `vocab_size`, number of codes, None where latents stay continuous.
     """
 
     dim: int
-    vocab_size: int
+    vocab_size: int | None
+
+    @property
+    def in_dim(self) -> int:
+        return self.dim
+
+    def spec(self, shape: Sequence[int], ordered: bool = False) -> TokenSpec:
+        """Return what one image becomes that has latents of this shape."""
+        return TokenSpec.ids(tuple(shape), self.vocab_size, ordered)
 
     def forward(self, latents: Float[Tensor, "*positions d"]) -> Quantized:
         raise NotImplementedError

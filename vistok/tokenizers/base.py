@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from vistok.decoding.noise import Noise
 from vistok.errors import UserError
 from vistok.models import Model
 from vistok.quantizers.base import Quantizer
@@ -15,28 +17,34 @@ from vistok.tokens import TokenSpec
 class TokenizerOutput:
     """The result of a training forward pass.
 
-    `reconstruction` has the scale of [0, 1] images but is not clamped, as losses need it; `losses`
-    are the quantizer's weighted scalars; `usage` holds scalars to log; `latents` are what was
-    quantised, for `update_codebook`.
+    `reconstruction` has the scale of [0, 1] images but is not clamped, as losses need it; it is
+    None where training compares no pixels. `losses` are the tokenizer's own weighted scalars;
+    `usage` holds scalars to log; `latents` are what was quantised, for `update_codebook`.
+    `features` are inner features to be aligned with a teacher's, and `kept` the share of the tokens
+    that each image was decoded from.
     """
 
-    reconstruction: Float[Tensor, "b 3 *size"]
+    reconstruction: Float[Tensor, "b 3 *size"] | None
     tokens: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
     usage: dict[str, Tensor] = field(default_factory=dict)
     latents: Tensor | None = None
+    features: Float[Tensor, "b gh gw d"] | None = None
+    kept: Float[Tensor, "b"] | None = None
 
 
 class Tokenizer(Model):
     """Images (B, 3, H, W), or videos (B, 3, T, H, W), in [0, 1] to tokens and back.
 
     Attributes: `image_size`, (height, width) in pixels; `frames`, of a video, None for images;
-    `spec`, the tokens of one image or video.
+    `spec`, the tokens of one image or video; `text_shape`, (length, channels) of the text features
+    that decoding takes, None where it takes none.
     """
 
     image_size: tuple[int, int]
     frames: int | None = None
     spec: TokenSpec
+    text_shape: tuple[int, int] | None = None
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -47,15 +55,41 @@ class Tokenizer(Model):
         """Return the tokens, shaped as `spec` says."""
         raise NotImplementedError
 
-    def decode(self, tokens: Tensor) -> Float[Tensor, "b 3 *size"]:
-        """Return images clamped to [0, 1]."""
+    def decode(
+        self,
+        tokens: Tensor,
+        lengths: Int64[Tensor, "b"] | None = None,
+        text: Float[Tensor, "b l c"] | None = None,
+        noise: Noise | None = None,
+    ) -> Float[Tensor, "b 3 *size"]:
+        """Return images clamped to [0, 1].
+
+        Where `spec` is ordered, `tokens` may be a prefix, and `lengths` says how many of its tokens
+        count for each image. `text` are the features of captions for tokenizers with a
+        `text_shape`; `noise` the randomness of decoders that draw, by default that of images 0, 1,
+        ... of seed 0. Other tokenizers do not read them.
+        """
         raise NotImplementedError
 
-    def forward(self, images: Float[Tensor, "b 3 *size"]) -> TokenizerOutput:
+    def forward(
+        self, images: Float[Tensor, "b 3 *size"], text: Float[Tensor, "b l c"] | None = None
+    ) -> TokenizerOutput:
         raise NotImplementedError
 
     def update_codebook(self, latents: Tensor) -> None:
         """Pass one optimiser step's latents to the quantizer; see `Quantizer.update`."""
+
+    def start_from(self, other: "Tokenizer") -> None:
+        """Take over the weights of a trained tokenizer, all of which must fit; tokenizers that are
+        trained in stages say what they take from the stage before."""
+        own, found = self.state_dict(), other.state_dict()
+        unfit = {(k, v.shape) for k, v in own.items()} ^ {(k, v.shape) for k, v in found.items()}
+        if unfit:
+            raise UserError(
+                f"{type(self).__name__} cannot start from this {type(other).__name__}: "
+                f"{len(unfit)} tensor(s) do not fit, as {min(name for name, _ in unfit)}"
+            )
+        self.load_state_dict(found)
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -68,6 +102,21 @@ class Tokenizer(Model):
             raise UserError(
                 f"{type(self).__name__}: got {'images' if self.frames is None else 'videos'} "
                 f"{tuple(images.shape)}, expected (B, {', '.join(map(str, self.input_shape))})"
+            )
+
+    def check_tokens(self, tokens: Tensor, lengths: Tensor | None = None) -> None:
+        """Raise `UserError` unless `tokens` are the spec's, and `lengths` such as it allows."""
+        self.spec.check(tokens, type(self).__name__)
+        if lengths is None:
+            return
+        if not self.spec.has_prefixes:
+            raise UserError(f"{type(self).__name__} makes {self.spec}, which decode as a whole")
+        if lengths.shape != tokens.shape[:1] or not bool(
+            ((lengths >= 1) & (lengths <= tokens.shape[1])).all()
+        ):
+            raise UserError(
+                f"{type(self).__name__}: lengths {tuple(lengths.shape)} must be one number from 1 "
+                f"to {tokens.shape[1]} for each of {len(tokens)} images"
             )
 
 
@@ -86,21 +135,29 @@ class QuantizedTokenizer(Tokenizer):
         """Return images of scale [0, 1], not clamped."""
         raise NotImplementedError
 
-    def encode(self, images: Float[Tensor, "b 3 *size"]) -> Int64[Tensor, "b *positions"]:
+    def encode(self, images: Float[Tensor, "b 3 *size"]) -> Tensor:
         return self.quantizer.encode(self._checked_latents(images))
 
-    def decode(self, tokens: Int64[Tensor, "b *positions"]) -> Float[Tensor, "b 3 *size"]:
-        self.spec.check(tokens, type(self).__name__)
+    def decode(
+        self,
+        tokens: Tensor,
+        lengths: Int64[Tensor, "b"] | None = None,
+        text: Float[Tensor, "b l c"] | None = None,
+        noise: Noise | None = None,
+    ) -> Float[Tensor, "b 3 *size"]:
+        self.check_tokens(tokens, lengths)
         return self._reconstructed(self.quantizer.decode(tokens)).clamp(0, 1)
 
-    def forward(self, images: Float[Tensor, "b 3 *size"]) -> TokenizerOutput:
+    def forward(
+        self, images: Float[Tensor, "b 3 *size"], text: Float[Tensor, "b l c"] | None = None
+    ) -> TokenizerOutput:
         latents = self._checked_latents(images)
         result = self.quantizer(latents)
         return TokenizerOutput(
             reconstruction=self._reconstructed(result.quantised),
             tokens=result.ids,
             losses=result.losses,
-            usage={"usage": result.usage, "perplexity": result.perplexity},
+            usage=result.statistics,
             latents=latents.detach(),
         )
 
@@ -111,6 +168,6 @@ class QuantizedTokenizer(Tokenizer):
         self.check_images(images)
         return self.to_latents(images.to(self.last_layer.dtype))
 
-    def _reconstructed(self, latents: Tensor) -> Tensor:
+    def _reconstructed(self, latents: Tensor, *more) -> Tensor:
         # The quantizer works in float32 whatever the dtype of the weights; losses want float32.
-        return self.to_images(latents.to(self.last_layer.dtype)).float()
+        return self.to_images(latents.to(self.last_layer.dtype), *more).float()

@@ -11,7 +11,6 @@ from vistok.layers.conv import Decoder, Encoder
 from vistok.models import register_to_config
 from vistok.quantizers import Quantizer
 from vistok.tokenizers.base import QuantizedTokenizer
-from vistok.tokens import TokenSpec
 
 
 class ConvTokenizer(QuantizedTokenizer):
@@ -64,10 +63,10 @@ class ConvTokenizer(QuantizedTokenizer):
                 f"{len(channel_multipliers)} channel_multipliers: the counts must be equal"
             )
         self.image_size = (height, width)
-        self.spec = TokenSpec.ids((height // factor, width // factor), quantizer.vocab_size)
+        self.spec = quantizer.spec((height // factor, width // factor))
         shared = (z_channels, num_res_blocks, attention, dropout, patch_size)
         self.encoder = Encoder([channels * m for m in channel_multipliers], *shared, channels)
-        self.quant_conv = nn.Conv2d(z_channels, quantizer.dim, 1)
+        self.quant_conv = nn.Conv2d(z_channels, quantizer.in_dim, 1)
         self.quantizer = quantizer
         self.post_quant_conv = nn.Conv2d(quantizer.dim, z_channels, 1)
         self.decoder = Decoder([channels * m for m in decoder_multipliers], *shared)

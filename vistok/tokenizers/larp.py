@@ -14,7 +14,6 @@ from vistok.layers.vit import TransformerBlock
 from vistok.models import register_to_config
 from vistok.quantizers import Quantizer
 from vistok.tokenizers.base import QuantizedTokenizer
-from vistok.tokens import TokenSpec
 
 
 class LARP(QuantizedTokenizer):
@@ -74,7 +73,7 @@ class LARP(QuantizedTokenizer):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.frames, self.image_size = frames, (height, width)
-        self.spec = TokenSpec.ids(tuple(token_shape), quantizer.vocab_size)
+        self.spec = quantizer.spec(token_shape)
         grid = self._grid(patch_size)
         self.decoder_patch_size = tuple(decoder_patch_size or patch_size)
         self.decoder_grid = self._grid(self.decoder_patch_size)
@@ -96,7 +95,7 @@ class LARP(QuantizedTokenizer):
         )
         self.patch_embed = nn.Conv3d(3, encoder_width, tuple(patch_size), stride=tuple(patch_size))
         self.encoder = QueryTransformer(encoder_width, encoder_depth, encoder_heads)
-        self.proj_out = nn.Linear(encoder_width, quantizer.dim)
+        self.proj_out = nn.Linear(encoder_width, quantizer.in_dim)
         self.proj_in = nn.Linear(quantizer.dim, decoder_width)
         self.decoder = QueryTransformer(decoder_width, decoder_depth, decoder_heads)
         self.norm = nn.LayerNorm(decoder_width, eps=1e-6)
