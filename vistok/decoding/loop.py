@@ -14,7 +14,6 @@ from vistok.decoding.sampling import Sampling
 from vistok.decoding.schedules import Schedule
 from vistok.tokens import TokenSpec
 
-
 SCHEDULES = ("guidance", "temperature", "budget", "randomness")  # of a `Decoding`
 
 
