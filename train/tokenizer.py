@@ -160,7 +160,7 @@ def main(
             for batch in accumulate(accelerator, model, batches):
                 result = model(batch["image"])
                 objective, terms = loss.generator_loss(
-                    batch["image"], result.reconstruction, result.losses, step, tokenizer.last_layer
+                    batch["image"], result, step, tokenizer.last_layer
                 )
                 accelerator.backward(objective / accumulation)
                 results.append(result)

@@ -1,3 +1,5 @@
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from torchvision.models import vgg16
@@ -11,6 +13,16 @@ from vistok.losses import (
     TokenizerLoss,
 )
 from vistok.losses import adversarial as gan
+
+
+@dataclass
+class Result:
+    """As a tokenizer's forward pass returns it, as far as losses read it."""
+
+    reconstruction: torch.Tensor | None
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    features: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +170,7 @@ def test_total_is_the_sum_of_its_terms(vgg_file, images):
     layer = torch.nn.Parameter(torch.ones(()))
     loss = adversarial_loss(perceptual_weight=0.3, lpips_weights=vgg_file, adaptive=True)
     quantizer_losses = {"commitment": torch.tensor(0.7)}
-    total, terms = loss.generator_loss(x, y * layer, quantizer_losses, 10, layer)
+    total, terms = loss.generator_loss(x, Result(y * layer, quantizer_losses), 10, layer)
     assert set(terms) == {"reconstruction", "perceptual", "adversarial", "commitment"}
     torch.testing.assert_close(total, sum(terms.values()))
     torch.testing.assert_close(terms["reconstruction"], (x - y).square().mean())
@@ -169,7 +181,7 @@ def test_generator_pass_spares_the_discriminator(images):
     x, y = images
     layer = torch.nn.Parameter(torch.ones(()))
     loss = adversarial_loss(reconstruction_weight=0.0)
-    loss.generator_loss(x, y * layer, {}, 10, layer)[0].backward()
+    loss.generator_loss(x, Result(y * layer), 10, layer)[0].backward()
     assert layer.grad.abs() > 0
     assert all(p.grad is None for p in loss.discriminator.parameters())
     loss.discriminator_loss(x, y, 10)[0].backward()
@@ -182,7 +194,7 @@ def test_adversary_waits_for_its_start(images):
     layer = torch.nn.Parameter(torch.ones(()))
     assert not loss.is_adversarial(9)
     assert loss.is_adversarial(10)
-    assert "adversarial" not in loss.generator_loss(x, y, {}, 9, layer)[1]
+    assert "adversarial" not in loss.generator_loss(x, Result(y), 9, layer)[1]
     assert loss.discriminator_loss(x, y, 9)[0] == 0
     assert loss.discriminator_loss(x, y, 10)[0] > 0
 
@@ -197,7 +209,7 @@ def test_adversary_waits_for_its_start(images):
 def test_images_that_cannot_be_judged_are_refused_at_once(images, discriminator, message):
     loss = adversarial_loss(discriminator=discriminator)
     with pytest.raises(UserError, match=message):
-        loss.generator_loss(*images, {}, 0, torch.nn.Parameter(torch.ones(())))
+        loss.generator_loss(images[0], Result(images[1]), 0, None)
 
 
 def test_losses_take_their_forms(images):
@@ -209,11 +221,20 @@ def test_losses_take_their_forms(images):
         discriminator_form="vanilla",
     )
     real, fake = loss.discriminator(x), loss.discriminator(y)
-    terms = loss.generator_loss(x, y, {}, 10, torch.nn.Parameter(torch.ones(())))[1]
+    terms = loss.generator_loss(x, Result(y), 10, None)[1]
     expected = 0.5 * gan.generator_loss(fake, "non-saturating")
     torch.testing.assert_close(terms["adversarial"], expected.detach())
     total = loss.discriminator_loss(x, y, 10)[0]
     torch.testing.assert_close(total, 0.25 * gan.discriminator_loss(real, fake, "vanilla"))
+
+
+def test_without_reconstruction_the_tokenizers_own_losses_are_all(images):
+    result = Result(None, {"codes": torch.tensor(0.7), "commitment": torch.tensor(0.1)})
+    total, terms = TokenizerLoss().generator_loss(images[0], result, 0, None)
+    assert terms == result.losses
+    torch.testing.assert_close(total, torch.tensor(0.8))
+    with pytest.raises(UserError, match="trains without a reconstruction"):
+        adversarial_loss().generator_loss(images[0], result, 0, None)
 
 
 def test_without_adversary_there_is_no_discriminator():

@@ -180,7 +180,7 @@ def test_training(folder, case):
     def total_at(step, adaptive=False):
         scratch = copy.deepcopy(loss)  # a pass changes the discriminator's running statistics
         scratch.adaptive = adaptive
-        return scratch.generator_loss(images, reconstruction, result.losses, step, last)[0]
+        return scratch.generator_loss(images, result, step, last)[0]
 
     computed["total_gen_before_start"] = total_at(start - 1)
     computed["total_gen_adaptive"] = total_at(start, adaptive=True)

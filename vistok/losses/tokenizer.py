@@ -1,17 +1,28 @@
 """The objective of VQGAN (Esser et al., 2021, arXiv:2012.09841, eq. 6), each part optional."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vistok.errors import UserError
 from vistok.losses import adversarial as gan
 from vistok.losses.perceptual import LPIPS
 from vistok.losses.reconstruction import ReconstructionLoss
 
 Terms = dict[str, Float[Tensor, ""]]
+
+
+@runtime_checkable
+class Result(Protocol):
+    """What a tokenizer's forward pass returns, as far as losses read it; see `TokenizerOutput`."""
+
+    reconstruction: Float[Tensor, "b 3 h w"] | None
+    losses: Terms
+    features: Float[Tensor, "b gh gw d"] | None
+    kept: Float[Tensor, "b"] | None
 
 
 class TokenizerLoss(nn.Module):
@@ -70,31 +81,25 @@ class TokenizerLoss(nn.Module):
     def generator_loss(
         self,
         images: Float[Tensor, "b 3 h w"],
-        reconstruction: Float[Tensor, "b 3 h w"],
-        quantizer_losses: Terms,
+        result: Result,
         step: int,
-        last_layer: nn.Parameter,
+        last_layer: nn.Parameter | None,
     ) -> tuple[Float[Tensor, ""], Terms]:
-        """Return the tokenizer's loss and its terms, each as weighted in the sum."""
-        if self.discriminator is not None:
-            self.discriminator.check_images(images)  # at once, not when it sets in
-        reconstruction = reconstruction.float()
-        terms = {
-            "reconstruction": self.reconstruction_weight
-            * self.reconstruction(images, reconstruction)
-        }
-        if self.perceptual is not None:
-            distance = self.perceptual(images, reconstruction).mean()
-            terms["perceptual"] = self.perceptual_weight * distance
-        if self.is_adversarial(step):
-            adversarial = gan.generator_loss(
-                self._judged_frozen(reconstruction), self.generator_form
+        """Return the tokenizer's loss and its terms, each as weighted in the sum.
+
+        `last_layer` is read by an adaptive weight alone. Where `result` has no reconstruction, the
+        tokenizer's own losses are all; raises `UserError` if others were asked for that judge one.
+        """
+        if result.reconstruction is not None:
+            terms = self._of_pixels(images, result.reconstruction.float(), step, last_layer)
+        elif self.perceptual is not None or self.discriminator is not None:
+            raise UserError(
+                "TokenizerLoss: this tokenizer trains without a reconstruction, which the "
+                "perceptual and adversarial losses judge: set their weights to 0"
             )
-            weight = self.adversarial_weight
-            if self.adaptive:
-                weight = weight * gan.adaptive_weight(sum(terms.values()), adversarial, last_layer)
-            terms["adversarial"] = weight * adversarial
-        terms |= quantizer_losses
+        else:
+            terms = {}
+        terms |= result.losses
         return sum(terms.values()), _detached(terms)
 
     def discriminator_loss(
@@ -113,6 +118,33 @@ class TokenizerLoss(nn.Module):
         total = weight * gan.discriminator_loss(real, fake, self.discriminator_form)
         terms = {"discriminator": total, "logits_real": real.mean(), "logits_fake": fake.mean()}
         return total, _detached(terms)
+
+    def _of_pixels(
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        reconstruction: Float[Tensor, "b 3 h w"],
+        step: int,
+        last_layer: nn.Parameter,
+    ) -> Terms:
+        """Return the terms that compare the reconstruction or judge it."""
+        if self.discriminator is not None:
+            self.discriminator.check_images(images)  # at once, not when it sets in
+        terms = {
+            "reconstruction": self.reconstruction_weight
+            * self.reconstruction(images, reconstruction)
+        }
+        if self.perceptual is not None:
+            distance = self.perceptual(images, reconstruction).mean()
+            terms["perceptual"] = self.perceptual_weight * distance
+        if self.is_adversarial(step):
+            adversarial = gan.generator_loss(
+                self._judged_frozen(reconstruction), self.generator_form
+            )
+            weight = self.adversarial_weight
+            if self.adaptive:
+                weight = weight * gan.adaptive_weight(sum(terms.values()), adversarial, last_layer)
+            terms["adversarial"] = weight * adversarial
+        return terms
 
     def _judged_frozen(self, images: Tensor) -> Tensor:
         """Return logits whose gradient reaches the images but not the discriminator."""
