@@ -124,7 +124,7 @@ class TokenizerLoss(nn.Module):
         images: Float[Tensor, "b 3 h w"],
         reconstruction: Float[Tensor, "b 3 h w"],
         step: int,
-        last_layer: nn.Parameter,
+        last_layer: nn.Parameter | None,
     ) -> Terms:
         """Return the terms that compare the reconstruction or judge it."""
         if self.discriminator is not None:
