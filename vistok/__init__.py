@@ -9,7 +9,7 @@ _MODULES = {
     "vistok.tokens": ["TokenSpec"],
     "vistok.pipelines": ["ImagePipeline"],
     "vistok.quantizers": ["FSQ", "Gaussian", "StochasticVQ", "VQ"],
-    "vistok.tokenizers": ["ConvTokenizer", "LARP", "TiTok", "Tokenizer"],
+    "vistok.tokenizers": ["ConvTokenizer", "LARP", "ReTok", "TiTok", "Tokenizer"],
     "vistok.heads": ["CategoricalHead"],
     "vistok.generators": ["NAR", "PAR", "Captions", "Generator", "LlamaGen"],
     "vistok.decoding": ["Noise", "Order", "Plan", "Schedule", "decode"],

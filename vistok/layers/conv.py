@@ -1,26 +1,30 @@
 """The convolutional encoder and decoder of VQGAN (Esser et al., 2021, arXiv:2012.09841)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+FEW_PLACES = 512  # below which making the kernel of `Upsample` costs more than it saves
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation in 32 groups, or the most below 32 that both 32 and the width allow."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+
+def group_norm(channels: int, groups: int = 32, affine: bool = True) -> nn.GroupNorm:
+    """Group normalisation in so many groups, or the most below that both they and the width
+    allow."""
+    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6, affine=affine)
 
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions, each after GroupNorm and swish, added to the input."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0, groups: int = 32):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -37,9 +41,9 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions, without position encoding."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int = 32):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -68,14 +72,23 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width by nearest neighbours, then convolve."""
+    """Double height and width by nearest neighbours, then convolve.
+
+    A CPU that wants no gradient does both in one transposed convolution, which multiplies 16 times
+    per channel and place where the other way multiplies 36 times.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if plain or not x.is_cpu or x.shape[-2] * x.shape[-1] < FEW_PLACES:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        kernel = self.conv.weight.transpose(0, 1).flip(2, 3)
+        kernel = sum(F.pad(kernel, (a, 1 - a, b, 1 - b)) for a in (0, 1) for b in (0, 1))
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
 
 class Level(nn.Module):
@@ -89,13 +102,14 @@ class Level(nn.Module):
         attention: bool,
         dropout: float,
         resample: nn.Module,
+        groups: int = 32,
     ):
         super().__init__()
         self.res = nn.ModuleList(
-            ResidualBlock(in_channels if j == 0 else out_channels, out_channels, dropout)
+            ResidualBlock(in_channels if j == 0 else out_channels, out_channels, dropout, groups)
             for j in range(num_blocks)
         )
-        self.attn = nn.ModuleList(_attention(out_channels, attention) for _ in self.res)
+        self.attn = nn.ModuleList(_attention(out_channels, attention, groups) for _ in self.res)
         self.resample = resample
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
@@ -115,6 +129,7 @@ class Encoder(nn.Module):
         dropout: rate inside residual blocks.
         patch_size: side of the squares of pixels that become channels before the first level.
         stem_width: channels of the first convolution; None for those of the first level.
+        groups: of the group norms.
     """
 
     def __init__(
@@ -126,6 +141,7 @@ class Encoder(nn.Module):
         dropout: float = 0.0,
         patch_size: int = 1,
         stem_width: int | None = None,
+        groups: int = 32,
     ):
         super().__init__()
         last = len(widths) - 1
@@ -140,11 +156,12 @@ class Encoder(nn.Module):
                 attention and i == last,
                 dropout,
                 Downsample(width) if i < last else nn.Identity(),
+                groups,
             )
             for i, width in enumerate(widths)
         )
-        self.mid = _middle(widths[-1], attention, dropout)
-        self.norm_out = group_norm(widths[-1])
+        self.mid = _middle(widths[-1], attention, dropout, groups)
+        self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c gh gw"]:
@@ -156,7 +173,8 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """A grid of features to images: the mirror of `Encoder`, from the same arguments but the stem.
-    The levels run from the last width to the first, each with one block more."""
+    The levels run from the last width to the first, each with one block more. `upsample` makes the
+    step between two levels from its number of channels."""
 
     def __init__(
         self,
@@ -166,13 +184,15 @@ class Decoder(nn.Module):
         attention: bool = True,
         dropout: float = 0.0,
         patch_size: int = 1,
+        groups: int = 32,
+        upsample: Callable[[int], nn.Module] = Upsample,
     ):
         super().__init__()
         widths = list(reversed(widths))
         last = len(widths) - 1
         self.patch_size = patch_size
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.mid = _middle(widths[0], attention, dropout)
+        self.mid = _middle(widths[0], attention, dropout, groups)
         self.conv_blocks = nn.ModuleList(
             Level(
                 widths[max(i - 1, 0)],
@@ -180,27 +200,32 @@ class Decoder(nn.Module):
                 num_res_blocks + 1,
                 attention and i == 0,
                 dropout,
-                Upsample(width) if i < last else nn.Identity(),
+                upsample(width) if i < last else nn.Identity(),
+                groups,
             )
             for i, width in enumerate(widths)
         )
-        self.norm_out = group_norm(widths[-1])
+        self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], 3 * patch_size**2, 3, padding=1)
 
     def forward(self, features: Float[Tensor, "b c gh gw"]) -> Float[Tensor, "b 3 h w"]:
         h = self.mid(self.conv_in(features))
         for level in self.conv_blocks:
             h = level(h)
+        return self.to_pixels(h)
+
+    def to_pixels(self, h: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h2 w2"]:
+        """Return the images that the last level's output stands for."""
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)
 
 
-def _attention(channels: int, wanted: bool) -> nn.Module:
-    return AttentionBlock(channels) if wanted else nn.Identity()
+def _attention(channels: int, wanted: bool, groups: int) -> nn.Module:
+    return AttentionBlock(channels, groups) if wanted else nn.Identity()
 
 
-def _middle(channels: int, attention: bool, dropout: float) -> nn.Sequential:
+def _middle(channels: int, attention: bool, dropout: float, groups: int) -> nn.Sequential:
     return nn.Sequential(
-        ResidualBlock(channels, channels, dropout),
-        _attention(channels, attention),
-        ResidualBlock(channels, channels, dropout),
+        ResidualBlock(channels, channels, dropout, groups),
+        _attention(channels, attention, groups),
+        ResidualBlock(channels, channels, dropout, groups),
     )

@@ -28,6 +28,8 @@ class VQ(Quantizer):
             (Yu et al., 2023, arXiv:2310.05737, eq. 4): confident latents, evenly used codes.
         revival: move rarely used codes towards latents at each `update` (Zheng and Vedaldi, 2023,
             arXiv:2307.15139, eq. 4-6).
+        rotation: the gradient of a code passes to its latent by the rotation and scaling that takes
+            the one to the other (Fifty et al., 2024, arXiv:2410.06424), not unchanged.
     """
 
     @register_to_config
@@ -40,6 +42,7 @@ class VQ(Quantizer):
         codebook_weight: float = 1.0,
         entropy: float = 0.0,
         revival: bool = False,
+        rotation: bool = False,
     ):
         super().__init__()
         self.vocab_size = vocab_size
@@ -49,6 +52,7 @@ class VQ(Quantizer):
         self.codebook_weight = codebook_weight
         self.entropy = entropy
         self.revival = revival
+        self.rotation = rotation
         self.embedding = nn.Embedding(vocab_size, dim)
         nn.init.uniform_(self.embedding.weight, -1 / vocab_size, 1 / vocab_size)
         with torch.no_grad():
@@ -68,7 +72,8 @@ class VQ(Quantizer):
         if self.entropy > 0:
             losses["entropy"] = self.entropy * _assignment_entropy(similarities)
         if self.training:
-            quantised = latents + (quantised - latents).detach()
+            passed = _rotated if self.rotation else _straight_through
+            quantised = passed(latents, quantised.detach())
         return Quantized(quantised, ids, losses, *code_statistics(ids, self.vocab_size))
 
     def encode(self, latents: Float[Tensor, "*positions d"]) -> Int64[Tensor, "*positions"]:
@@ -113,6 +118,25 @@ def _similarities(
     """Return q.k - |k|^2 / 2, whose largest entry along k is the nearest key."""
     with torch.autocast(queries.device.type, enabled=False):
         return F.linear(queries, keys, -0.5 * keys.square().sum(-1))
+
+
+def _straight_through(
+    latents: Float[Tensor, "*positions d"], codes: Float[Tensor, "*positions d"]
+) -> Float[Tensor, "*positions d"]:
+    return latents + (codes - latents).detach()
+
+
+def _rotated(
+    latents: Float[Tensor, "*positions d"], codes: Float[Tensor, "*positions d"]
+) -> Float[Tensor, "*positions d"]:
+    """Return the codes, up to rounding, as a linear map of the latents that is held constant."""
+    e, length = latents.detach(), latents.detach().norm(dim=-1, keepdim=True) + 1e-6
+    code_length = codes.norm(dim=-1, keepdim=True)
+    u, q = e / length, codes / (code_length + 1e-6)
+    # Two reflections make the rotation of u to q: one along their bisector, one along u.
+    w = F.normalize(u + q, dim=-1)
+    along_w, along_u = ((latents * axis).sum(-1, keepdim=True) for axis in (w, u))
+    return (latents - 2 * along_w * w + 2 * along_u * q) * (code_length / length)
 
 
 def _assignment_entropy(similarities: Float[Tensor, "*positions k"]) -> Float[Tensor, ""]:

@@ -3,6 +3,15 @@
 from vistok.tokenizers.base import QuantizedTokenizer, Tokenizer, TokenizerOutput
 from vistok.tokenizers.conv import ConvTokenizer
 from vistok.tokenizers.larp import LARP
+from vistok.tokenizers.retok import ReTok
 from vistok.tokenizers.titok import TiTok
 
-__all__ = ["LARP", "ConvTokenizer", "QuantizedTokenizer", "TiTok", "Tokenizer", "TokenizerOutput"]
+__all__ = [
+    "LARP",
+    "ConvTokenizer",
+    "QuantizedTokenizer",
+    "ReTok",
+    "TiTok",
+    "Tokenizer",
+    "TokenizerOutput",
+]

@@ -103,21 +103,42 @@ class SequenceTokenizer(QuantizedTokenizer):
         self.check_text(text, len(images))
         latents = self._checked_latents(images)
         result = self.quantizer(latents)
-        quantised, share = result.quantised, None
-        if lengths is None and self.training and self.tail_drop is not None:
-            lengths = self.tail_drop.draw(len(images), images.device)
-        if lengths is not None:
-            share = torch.as_tensor(lengths, device=images.device) / quantised.shape[1]
-        if isinstance(lengths, int):
-            quantised, lengths = quantised[:, :lengths], None
+        quantised, kept, share = self.drop_tail(result.quantised, lengths)
+        reconstruction, losses = self.compared(images, quantised, kept, text)
         return TokenizerOutput(
-            reconstruction=self._reconstructed(quantised, kept_of(quantised, lengths), text),
+            reconstruction=reconstruction,
             tokens=result.ids,
-            losses=result.losses,
+            losses=losses | result.losses,
             usage=result.statistics,
             latents=latents.detach(),
-            kept=None if share is None else share.expand(len(images)),
+            kept=share,
         )
+
+    def drop_tail(
+        self, latents: Float[Tensor, "b n d"], lengths: Lengths | None = None
+    ) -> tuple[Float[Tensor, "b k d"], Bool[Tensor, "b k"] | None, Float[Tensor, "b"] | None]:
+        """Return the first `lengths` latents, by default those that `tail_drop` draws in training;
+        which of them count, if not all do; and their share of all, if any were to be dropped."""
+        batch, total = latents.shape[:2]
+        if lengths is None and self.training and self.tail_drop is not None:
+            lengths = self.tail_drop.draw(batch, latents.device)
+        if lengths is None:
+            return latents, None, None
+        share = (torch.as_tensor(lengths, device=latents.device) / total).expand(batch)
+        if isinstance(lengths, int):
+            return latents[:, :lengths], None, share
+        return latents, kept_of(latents, lengths), share
+
+    def compared(
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        latents: Float[Tensor, "b k d"],
+        kept: Bool[Tensor, "b k"] | None,
+        text: Float[Tensor, "b l c"] | None,
+    ) -> tuple[Float[Tensor, "b 3 h w"] | None, dict[str, Tensor]]:
+        """Return what a training step makes of the latents: the reconstruction, None where pixels
+        are not compared, and losses of the decoder's own."""
+        return self._reconstructed(latents, kept, text), {}
 
     def check_text(self, text: Tensor | None, batch: int) -> None:
         """Raise `UserError` unless `text` are the features that decoding takes."""
