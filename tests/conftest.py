@@ -12,6 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 install_import_hook(
     [
         "vistok.checkpoints",
+        "vistok.codec",
+        "vistok.curves",
         "vistok.data",
         "vistok.decoding",
         "vistok.generators",

@@ -14,8 +14,8 @@ FLOORS = [
     {"errors", "files", "launch", "tokens", "layers", "models"},
     {"quantizers", "heads", "decoding", "losses", "data", "metrics"},
     {"tokenizers", "generators"},
-    {"checkpoints", "images", "pipelines", "text"},
-    {"training"},
+    {"checkpoints", "codec", "images", "pipelines", "text"},
+    {"curves", "training"},
     {"cli", "commands"},
 ]
 FORBIDDEN = {("tokenizers", "generators"), ("generators", "tokenizers")}

@@ -94,21 +94,25 @@ def run(main: Callable[..., None], prog: str | None = None, args: list[str] | No
 
 def main() -> None:
     """Run `vistok COMMAND ...`."""
-    names = [module.name for module in pkgutil.iter_modules(commands.__path__)]
+    modules = [module.name for module in pkgutil.iter_modules(commands.__path__)]
+    names = [module.replace("_", "-") for module in modules]
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(f"usage: vistok {{{','.join(names)}}} ...; vistok COMMAND --help says more")
         return
     if name not in names:
         _fail(f"vistok has no command '{name}', only {', '.join(names)}{suggestion(name, names)}")
-    command = importlib.import_module(f"vistok.commands.{name}")
+    command = importlib.import_module(f"vistok.commands.{modules[names.index(name)]}")
     run(command.main, f"vistok {name}", _named(sys.argv[2:], command.main))
 
 
 def _named(arguments: list[str], command: Callable[..., None]) -> list[str]:
-    """Give the leading bare arguments the names of the command's first parameters."""
-    bare = list(itertools.takewhile(lambda a: not a.startswith("-"), arguments))
+    """Give the leading bare arguments the names of the command's first parameters, and -o that of
+    the one for what it writes."""
     names = list(inspect.signature(command).parameters)
+    written = next((f"--{name}" for name in names if name in ("out", "output")), "-o")
+    arguments = [written if argument == "-o" else argument for argument in arguments]
+    bare = list(itertools.takewhile(lambda a: not a.startswith("-"), arguments))
     if len(bare) > len(names):
         _fail(f"unexpected argument {bare[len(names)]}; see --help")
     pairs = zip(names, bare, strict=False)
