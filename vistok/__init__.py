@@ -9,9 +9,19 @@ _MODULES = {
     "vistok.tokens": ["TokenSpec"],
     "vistok.pipelines": ["ImagePipeline"],
     "vistok.quantizers": ["FSQ", "Gaussian", "StochasticVQ", "VQ"],
-    "vistok.tokenizers": ["ConvTokenizer", "LARP", "ReTok", "TiTok", "Tokenizer"],
+    "vistok.tokenizers": [
+        "LARP",
+        "ConvTokenizer",
+        "FlexTok",
+        "KLAutoencoder",
+        "MaskGITVQGAN",
+        "ReTok",
+        "TiTok",
+        "Tokenizer",
+        "TwoStageTiTok",
+    ],
     "vistok.heads": ["CategoricalHead"],
-    "vistok.generators": ["NAR", "PAR", "Captions", "Generator", "LlamaGen"],
+    "vistok.generators": ["NAR", "PAR", "Captions", "Generator", "LlamaGen", "MaskGIT"],
     "vistok.decoding": ["Noise", "Order", "Plan", "Schedule", "decode"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

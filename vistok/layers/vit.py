@@ -1,32 +1,54 @@
 """The pre-norm transformer block of ViT (Dosovitskiy et al., 2020, arXiv:2010.11929)."""
 
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 
 class SelfAttention(nn.Module):
-    """Full multi-head attention; `qkv_bias` says whether queries, keys and values have biases."""
+    """Full multi-head attention; `qkv_bias` says whether queries, keys and values have biases,
+    `dropout` is of the attention weights, in training."""
 
-    def __init__(self, width: int, num_heads: int, qkv_bias: bool = True):
+    def __init__(self, width: int, num_heads: int, qkv_bias: bool = True, dropout: float = 0.0):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.dropout = num_heads, dropout
         self.in_proj = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
-        # B N 3W -> 3 x (B H N W/H)
-        q, k, v = self.in_proj(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    def forward(
+        self,
+        x: Float[Tensor, "b n w"],
+        rows: slice | None = None,
+        visible: Bool[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b m w"]:
+        """Return the output of `rows`, by default all, which look at the `visible` ones."""
+        if rows is None:
+            # B N 3W -> 3 x (B H N W/H)
+            q, k, v = self.in_proj(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = self._projected(x, rows)
+        mask = None if visible is None else visible[:, None, None]
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+    def _projected(self, x: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        sizes = (x.shape[-1], 2 * x.shape[-1])
+        of_query, of_rest = self.in_proj.weight.split(sizes)
+        biases = (None, None) if self.in_proj.bias is None else self.in_proj.bias.split(sizes)
+        query = F.linear(x[:, rows], of_query, biases[0])
+        rest = F.linear(x, of_rest, biases[1]).unflatten(-1, (2, self.num_heads, -1))
+        k, v = rest.permute(2, 0, 3, 1, 4)
+        return query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2), k, v
 
 
 class Mlp(nn.Module):
-    """Two layers with GELU between, four times as wide inside."""
+    """Two layers with GELU between, by default four times as wide inside."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, hidden_width: int | None = None):
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_fc = nn.Linear(width, hidden_width or 4 * width)
+        self.c_proj = nn.Linear(hidden_width or 4 * width, width)
 
     def forward(self, x: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
         return self.c_proj(F.gelu(self.c_fc(x)))
@@ -35,13 +57,27 @@ class Mlp(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention, then MLP, each after LayerNorm and added to its input."""
 
-    def __init__(self, width: int, num_heads: int, qkv_bias: bool = True):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        hidden_width: int | None = None,
+    ):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width)
         self.attn = SelfAttention(width, num_heads, qkv_bias)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width)
+        self.mlp = Mlp(width, hidden_width)
 
-    def forward(self, x: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
-        x = x + self.attn(self.ln_1(x))
+    def forward(
+        self,
+        x: Float[Tensor, "b n w"],
+        rows: slice | None = None,
+        visible: Bool[Tensor, "b n"] | None = None,
+    ) -> Float[Tensor, "b m w"]:
+        """`rows` are those to return, for a last block; all but the `visible` ones are ignored as
+        keys."""
+        attended = self.attn(self.ln_1(x), rows, visible)
+        x = (x if rows is None else x[:, rows]) + attended
         return x + self.mlp(self.ln_2(x))

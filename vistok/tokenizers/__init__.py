@@ -2,16 +2,24 @@
 
 from vistok.tokenizers.base import QuantizedTokenizer, Tokenizer, TokenizerOutput
 from vistok.tokenizers.conv import ConvTokenizer
+from vistok.tokenizers.flextok import FlexTok
+from vistok.tokenizers.kl import KLAutoencoder
 from vistok.tokenizers.larp import LARP
+from vistok.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from vistok.tokenizers.retok import ReTok
 from vistok.tokenizers.titok import TiTok
+from vistok.tokenizers.titok_two_stage import TwoStageTiTok
 
 __all__ = [
     "LARP",
     "ConvTokenizer",
+    "FlexTok",
+    "KLAutoencoder",
+    "MaskGITVQGAN",
     "QuantizedTokenizer",
     "ReTok",
     "TiTok",
     "Tokenizer",
     "TokenizerOutput",
+    "TwoStageTiTok",
 ]

@@ -81,14 +81,18 @@ class Tokenizer(Model):
     def start_from(self, other: "Tokenizer") -> None:
         """Take over the weights of a trained tokenizer, all of which must fit; tokenizers that are
         trained in stages say what they take from the stage before."""
-        own, found = self.state_dict(), other.state_dict()
-        unfit = {(k, v.shape) for k, v in own.items()} ^ {(k, v.shape) for k, v in found.items()}
+        self.take_over(other.state_dict(), type(other).__name__)
+
+    def take_over(self, weights: dict[str, Tensor], source: str) -> None:
+        """Load `weights`, which `source` names in the `UserError` raised if not all fit."""
+        own = {(k, v.shape) for k, v in self.state_dict().items()}
+        unfit = own ^ {(k, v.shape) for k, v in weights.items()}
         if unfit:
             raise UserError(
-                f"{type(self).__name__} cannot start from this {type(other).__name__}: "
+                f"{type(self).__name__} cannot start from this {source}: "
                 f"{len(unfit)} tensor(s) do not fit, as {min(name for name, _ in unfit)}"
             )
-        self.load_state_dict(found)
+        self.load_state_dict(weights)
 
     @property
     def last_layer(self) -> nn.Parameter:

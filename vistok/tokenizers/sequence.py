@@ -5,6 +5,8 @@ Miwa et al., 2025, arXiv:2501.10064; nested dropout: Rippel et al., 2014, arXiv:
 every prefix decodes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -158,3 +160,40 @@ def kept_of(
         return None
     positions = torch.arange(latents.shape[1], device=latents.device)
     return positions < lengths.to(latents.device)[:, None]
+
+
+@torch.no_grad()
+def token_contribution(
+    tokenizer: SequenceTokenizer,
+    tokens: Int64[Tensor, "b k"],
+    replacement: Int64[Tensor, "b k"],
+    positions: Sequence[int],
+    text: Float[Tensor, "b l c"] | None = None,
+    batch_size: int = 64,
+) -> tuple[Float[Tensor, "p h w"], Float[Tensor, "p h w"]]:
+    """Return how much each of the `positions` makes of the images: the absolute and the squared
+    differences of every pixel, summed over images and colours, once the token there is that of
+    `replacement`, as One-D-Piece is analysed. At most `batch_size` sequences are decoded at a time,
+    but those of one position together; pixels are not clamped."""
+    tokenizer.check_tokens(tokens)
+    tokenizer.check_tokens(replacement)
+    tokenizer.check_text(text, len(tokens))
+
+    def decoded(changed: Tensor) -> Tensor:
+        """(n b) k -> n b 3 h w"""
+        count = len(changed) // len(tokens)
+        texts = None if text is None else text.repeat(count, 1, 1)
+        latents = tokenizer.quantizer.decode(changed)
+        images = tokenizer._reconstructed(latents, None, texts)
+        return images.unflatten(0, (count, len(tokens)))
+
+    unchanged = decoded(tokens)
+    maps = []
+    for at_once in torch.tensor(positions).split(max(1, batch_size // len(tokens))):
+        changed = tokens.repeat(len(at_once), 1, 1)
+        for i, position in enumerate(at_once.tolist()):
+            changed[i, :, position] = replacement[:, position]
+        difference = decoded(changed.flatten(0, 1)) - unchanged
+        maps.append(torch.stack([difference.abs(), difference.square()]).sum((2, 3)))
+    absolute, squared = torch.cat(maps, dim=1)
+    return absolute, squared

@@ -1,11 +1,12 @@
 """TiTok, images as short 1-D sequences (Yu et al., 2024, arXiv:2406.07550), in single-stage form
-(Kim et al., 2025, arXiv:2501.07730): the decoder regresses pixels."""
+(Kim et al., 2025, arXiv:2501.07730): the decoder regresses pixels. The latter's TA-TiTok, which
+decodes with the help of a caption, and tokens of any length are options."""
 
 import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vistok.errors import UserError
@@ -13,18 +14,17 @@ from vistok.layers import conv
 from vistok.layers.vit import SelfAttention, TransformerBlock
 from vistok.models import register_to_config
 from vistok.quantizers import Quantizer
-from vistok.tokenizers.base import QuantizedTokenizer
-from vistok.tokens import TokenSpec
+from vistok.tokenizers.sequence import SequenceTokenizer, TailDrop
 
 
-class TiTok(QuantizedTokenizer):
-    """Images to `num_latent_tokens` codes, none of which has a place in the image.
+class TiTok(SequenceTokenizer):
+    """Images to `num_latent_tokens` tokens, none of which has a place in the image.
 
     The published sizes (width, depth, heads) are small 512, 8, 8; base 768, 12, 12;
     large 1024, 24, 16.
 
     Args:
-        quantizer: the codes of a latent token.
+        quantizer: the codes of a latent token, or `Gaussian` for continuous ones.
         image_size: pixels of a side.
         patch_size: side of the encoder's patches.
         num_latent_tokens: length of the token sequence.
@@ -39,6 +39,11 @@ class TiTok(QuantizedTokenizer):
             arXiv:2106.14881) in place of the linear patch embedding and pixel head, for little
             data; None in the published models.
         stem_blocks: residual blocks of these networks.
+        text_length: rows of the text features that the decoder reads beside the tokens (TA-TiTok);
+            None for a decoder without text.
+        text_dim: channels of these features.
+        tail_drop: how many tokens training keeps, see `TailDrop`; every prefix decodes then. None
+            for tokens that decode as a whole.
     """
 
     @register_to_config
@@ -57,20 +62,26 @@ class TiTok(QuantizedTokenizer):
         decoder_patch_size: int | None = None,
         stem_channels: int | None = None,
         stem_blocks: int = 2,
+        text_length: int | None = None,
+        text_dim: int = 768,
+        tail_drop: str | None = None,
     ):
         super().__init__()
         decoder_patch_size = decoder_patch_size or patch_size
         for name, patch in (("patch_size", patch_size), ("decoder_patch_size", decoder_patch_size)):
             if image_size % patch:
                 raise UserError(
-                    f"TiTok: image_size {image_size} must be divisible by {name} {patch}"
+                    f"{type(self).__name__}: image_size {image_size} must be divisible by {name} "
+                    f"{patch}"
                 )
         self.image_size = (image_size, image_size)
-        self.spec = TokenSpec.ids((num_latent_tokens,), quantizer.vocab_size)
+        self.spec = quantizer.spec((num_latent_tokens,), ordered=tail_drop is not None)
+        self.tail_drop = TailDrop(tail_drop, num_latent_tokens) if tail_drop else None
+        self.text_shape = None if text_length is None else (text_length, text_dim)
         self.latent_tokens = _embedding(num_latent_tokens, encoder_width)
         self.encoder = Encoder(
             _patch_embedding(encoder_width, patch_size, stem_channels, stem_blocks),
-            quantizer.dim,
+            quantizer.in_dim,
             width=encoder_width,
             depth=encoder_depth,
             num_heads=encoder_heads,
@@ -80,20 +91,26 @@ class TiTok(QuantizedTokenizer):
         self.decoder = Decoder(
             quantizer.dim,
             _pixel_head(decoder_width, decoder_patch_size, stem_channels, stem_blocks),
+            self.text_shape,
             width=decoder_width,
             depth=decoder_depth,
             num_heads=decoder_heads,
             num_patches=(image_size // decoder_patch_size) ** 2,
             num_latents=num_latent_tokens,
         )
-        self.apply(_initialise)
+        self.apply(initialise)
         self.quantizer = quantizer
 
     def to_latents(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k d"]:
-        return self.encoder(images, self.latent_tokens)
+        return self.encoder.proj_out(self.encoder(images, self.latent_tokens))
 
-    def to_images(self, latents: Float[Tensor, "b k d"]) -> Float[Tensor, "b 3 h w"]:
-        return self.decoder(latents)
+    def to_images(
+        self,
+        latents: Float[Tensor, "b k d"],
+        kept: Bool[Tensor, "b k"] | None = None,
+        text: Float[Tensor, "b l c"] | None = None,
+    ) -> Float[Tensor, "b 3 h w"]:
+        return self.decoder(latents, kept, text)
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -101,7 +118,7 @@ class TiTok(QuantizedTokenizer):
 
 
 class ViT(nn.Module):
-    """The transformer over [class token, patches row by row, latents] on either side."""
+    """The transformer over [class token, patches row by row, latents, more] on either side."""
 
     def __init__(self, width: int, depth: int, num_heads: int, num_patches: int, num_latents: int):
         super().__init__()
@@ -114,20 +131,33 @@ class ViT(nn.Module):
         self.ln_post = nn.LayerNorm(width)
 
     def transform(
-        self, patches: Float[Tensor, "b n w"], latents: Float[Tensor, "b k w"]
-    ) -> tuple[Float[Tensor, "b n w"], Float[Tensor, "b k w"]]:
-        """Return the patch rows and the latent rows after the last block."""
+        self,
+        patches: Float[Tensor, "b n w"],
+        latents: Float[Tensor, "b k w"],
+        rows: slice,
+        more: Float[Tensor, "b l w"] | None = None,
+        kept: Bool[Tensor, "b k"] | None = None,
+    ) -> Float[Tensor, "b m w"]:
+        """Return `rows` of the sequence after the last block and the last norm. Of the latents, all
+        but the `kept` ones are ignored, which is the same as leaving them out."""
         class_token = self.class_embedding.expand(len(patches), 1, -1)
         grid = torch.cat([class_token, patches], dim=1) + self.positional_embedding
-        latents = latents + self.latent_token_positional_embedding
-        x = self.ln_pre(torch.cat([grid, latents], dim=1))
-        for block in self.transformer:
-            x = block(x)
-        return x[:, 1 : 1 + self.num_patches], x[:, 1 + self.num_patches :]
+        latents = latents + self.latent_token_positional_embedding[: latents.shape[1]]
+        parts = [grid, latents] if more is None else [grid, latents, more]
+        x = self.ln_pre(torch.cat(parts, dim=1))
+        visible = None
+        if kept is not None:
+            first = grid.shape[1]
+            after = x.shape[1] - first - kept.shape[1]
+            visible = F.pad(kept, (first, after), value=True)
+        *blocks, last = self.transformer
+        for block in blocks:
+            x = block(x, visible=visible)
+        return self.ln_post(last(x, rows, visible))
 
 
 class Encoder(ViT):
-    """Reads an image into the latent tokens."""
+    """Reads an image into the latent tokens; `proj_out` is left to the tokenizer."""
 
     def __init__(self, patch_embed: nn.Module, dim: int, width: int, **transformer: int):
         super().__init__(width, **transformer)
@@ -136,26 +166,50 @@ class Encoder(ViT):
 
     def forward(
         self, images: Float[Tensor, "b 3 h w"], latent_tokens: Float[Tensor, "k width"]
-    ) -> Float[Tensor, "b k d"]:
+    ) -> Float[Tensor, "b k width"]:
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
-        _, latents = self.transform(patches, latent_tokens.expand(len(images), -1, -1))
-        return self.proj_out(self.ln_post(latents))
+        latents = latent_tokens.expand(len(images), -1, -1)
+        return self.transform(patches, latents, slice(1 + self.num_patches, None))
 
 
 class Decoder(ViT):
-    """Fills a grid of copies of one mask token from the latents."""
+    """Fills a grid of copies of one mask token from the latents, and from text where
+    `text_shape`, its (length, channels), is given."""
 
-    def __init__(self, dim: int, head: nn.Module, width: int, **transformer: int):
+    def __init__(
+        self,
+        dim: int,
+        head: nn.Module,
+        text_shape: tuple[int, int] | None,
+        width: int,
+        **transformer: int,
+    ):
         super().__init__(width, **transformer)
         self.decoder_embed = nn.Linear(dim, width)
         self.mask_token = _embedding(1, width)
+        self.reads_text = text_shape is not None
+        if text_shape is not None:
+            length, channels = text_shape
+            self.text_guidance_proj = nn.Linear(channels, width)
+            self.text_guidance_positional_embedding = _embedding(length, width)
         self.head = head
 
-    def forward(self, latents: Float[Tensor, "b k d"]) -> Float[Tensor, "b 3 h w"]:
+    def forward(
+        self,
+        latents: Float[Tensor, "b k d"],
+        kept: Bool[Tensor, "b k"] | None = None,
+        text: Float[Tensor, "b l c"] | None = None,
+    ) -> Float[Tensor, "b out h w"]:
         masked = self.mask_token.expand(len(latents), self.num_patches, -1)
-        patches, _ = self.transform(masked, self.decoder_embed(latents))
+        latents = self.decoder_embed(latents)
+        guidance = None
+        if self.reads_text:
+            guidance = self.text_guidance_proj(text.to(latents.dtype))
+            guidance = guidance + self.text_guidance_positional_embedding
+        rows = slice(1, 1 + self.num_patches)
+        patches = self.transform(masked, latents, rows, guidance, kept)
         side = math.isqrt(self.num_patches)
-        return self.head(self.ln_post(patches).transpose(1, 2).unflatten(2, (side, side)))
+        return self.head(patches.transpose(1, 2).unflatten(2, (side, side)))
 
 
 class PixelHead(nn.Module):
@@ -194,7 +248,7 @@ def _embedding(length: int, width: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(length, width) * width**-0.5)
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     """Weights N(0, 0.02) and biases zero, except the attention's input projections: Xavier."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.normal_(module.weight, std=0.02)

@@ -24,6 +24,7 @@ class OptimizerConfig:
         lr: peak learning rate.
         betas: decay of the first and second moments.
         weight_decay: of matrices and kernels; biases, gains and other vectors have none.
+        no_decay: parts of names of further parameters that have none, as `embed`.
         warmup_steps: steps of linear rise to `lr`.
         final_fraction: share of `lr` left at the end of the cosine; 1 keeps `lr` constant.
         milestones: shares of the run after each of which the rate falls by `milestone_factor`.
@@ -34,6 +35,7 @@ class OptimizerConfig:
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
+    no_decay: tuple[str, ...] = ()
     warmup_steps: int = 0
     final_fraction: float = 0.1
     milestones: tuple[float, ...] = ()
@@ -53,14 +55,21 @@ class OptimizerConfig:
 
 def adamw(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """Return the optimiser of the trainable parameters, which must be on their device."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise UserError(f"{type(model).__name__}: all parameters are frozen, nothing to train")
+    plain = {
+        name: p.ndim < 2 or any(part in name for part in config.no_decay)
+        for name, p in trained.items()
+    }
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in trained.items() if plain[name] == is_plain],
+            "weight_decay": 0.0 if is_plain else config.weight_decay,
+        }
+        for is_plain in (False, True)
     ]
-    fused = trained[0].device.type in FUSED_DEVICES
+    fused = next(iter(trained.values())).device.type in FUSED_DEVICES
     return AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
 
 
