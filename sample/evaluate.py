@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vistok import metrics as m
 from vistok.cli import run
 from vistok.data import ImageSource, Transform, shard_range, to_uint8
-from vistok.decoding import Decoding, Order, Schedule
+from vistok.decoding import Decoding, Noise, Order, Schedule
 from vistok.errors import UserError
 from vistok.losses.perceptual import LPIPS
 from vistok.pipelines import ImagePipeline
@@ -54,6 +54,8 @@ def main(
     temperature: Schedule | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    randomness: Schedule | None = None,
+    length: int | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> None:
@@ -80,11 +82,13 @@ def main(
         size: side in pixels; by default the model's, or that of the pictures as they are
         count: images to sample, 50,000 by default; or pictures to take, all by default
         seed: of samples; image i is of class i mod the number of classes
-        plan: order of decoding, as zipar(16); the checkpoint's by default, as for the next four
+        plan: order of decoding, as zipar(16); the checkpoint's by default, as for the next five
         guidance: classifier-free guidance scale, or its schedule
         temperature: of the softmax; 0 takes the most likely token
         top_k: sample among the k most likely tokens; 0 among all
         top_p: sample among the most likely tokens that hold this share
+        randomness: Gumbel noise of masked decoding, or its schedule
+        length: tokens of an image, where any first tokens decode; all by default
         batch_size: images at once on each process
         num_workers: processes that read pictures, for each process
     """
@@ -103,15 +107,22 @@ def main(
                 "and score the folder by --data"
             )
         decoding = pipeline.decoding.changed(
-            plan=plan, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
+            plan=plan,
+            guidance=guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            randomness=randomness,
+            length=length,
         )
+        decoding.plan_of(pipeline.generator)  # what does not fit is an error here
         subject = Samples(pipeline, count or 50_000, seed, decoding)
     elif tokenizer and data and not checkpoint:
         model = Tokenizer.from_pretrained(tokenizer).to(accelerator.device).eval()
         crop = Transform(transform, model.image_size[0])
         originals = m.Pictures(m.open_pictures(data), crop, count)
         lpips = load_lpips(metrics, lpips_weights, accelerator.device)
-        subject = Reconstructions(model, originals, lpips)
+        subject = Reconstructions(model, originals, lpips, length)
         against = network and m.Reference(None, originals)
     elif data and not (checkpoint or tokenizer):
         crop = None if size is None else Transform(transform, size)
@@ -211,11 +222,14 @@ class Reconstructions(Collection):
     task = "reconstruction"
     aliases: ClassVar[dict[str, str]] = {"fid": "rfid"}
 
-    def __init__(self, model: Tokenizer, originals: m.Pictures, lpips: LPIPS | None):
+    def __init__(
+        self, model: Tokenizer, originals: m.Pictures, lpips: LPIPS | None, length: int | None
+    ):
         super().__init__(originals)
         self.pictures = str(originals)
-        self.record |= {"tokens": str(model.spec), "fingerprint": model.fingerprint()}
-        self.model = model
+        spec = model.spec if length is None else model.spec.first(length)
+        self.record |= {"tokens": str(spec), "fingerprint": model.fingerprint()}
+        self.model, self.length = model, spec.num_tokens
         num_codes = model.spec.vocab_size or 0
         self.pairs = m.PairScores(len(originals), num_codes, lpips, model.device)
         self.metrics = ("fid", *self.pairs.metrics)
@@ -226,7 +240,10 @@ class Reconstructions(Collection):
     def make(self, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
         indices, originals = batch
         tokens = self.model.encode(originals.to(self.model.device) / 255)
-        made = to_uint8(self.model.decode(tokens))
+        if self.length < self.model.spec.num_tokens:
+            tokens = tokens[:, : self.length]
+        noise = Noise(0, indices.tolist())  # of decoders that draw: a picture's own
+        made = to_uint8(self.model.decode(tokens, noise=noise))
         self.pairs.update(indices, made, originals, tokens)
         return indices, made
 

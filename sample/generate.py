@@ -32,7 +32,7 @@ MAX_ROWS = 100  # of the grid
 # Options that change how images are made but not which, or whose effect other settings hold.
 INDIFFERENT = {
     *("batch_size", "checkpoint", "compile", "count", "npz", "output", "prompts", "text_encoder"),
-    *("plan", "guidance", "temperature", "top_k", "top_p"),
+    *("plan", "guidance", "temperature", "top_k", "top_p", "randomness", "length"),
 }
 
 
@@ -49,6 +49,8 @@ def main(
     temperature: Schedule | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    randomness: Schedule | None = None,
+    length: int | None = None,
     batch_size: int = 64,
     npz: bool = False,
     compile: bool = False,
@@ -64,11 +66,13 @@ def main(
             checkpoint was trained with by default
         count: number of images; 8 of each class or prompt by default
         seed: image i depends on the seed and i alone, whatever the batch or the processes
-        plan: order of decoding, as zipar(16); the checkpoint's by default, as for the next four
+        plan: order of decoding, as zipar(16); the checkpoint's by default, as for the next five
         guidance: classifier-free guidance scale, or its schedule
         temperature: of the softmax; 0 takes the most likely token
         top_k: sample among the k most likely tokens; 0 among all
         top_p: sample among the most likely tokens that hold this share
+        randomness: Gumbel noise of masked decoding, or its schedule
+        length: tokens of an image, where any first tokens decode; all by default
         batch_size: images decoded at once on each process
         npz: also write samples.npz as ADM's evaluator reads it (arr_0, uint8 NHWC)
         compile: compile the generator's step and the tokenizer's decoder
@@ -87,9 +91,15 @@ def main(
     if count < 1 or batch_size < 1:
         raise UserError(f"--count {count}, --batch_size {batch_size}: both must be at least 1")
     decoding = pipeline.decoding.changed(
-        plan=plan, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
+        plan=plan,
+        guidance=guidance,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        randomness=randomness,
+        length=length,
     )
-    pipeline.generator.plan(decoding.plan)  # an order that does not fit is an error here
+    plan = decoding.plan_of(pipeline.generator)  # what does not fit is an error here
     if compile:
         pipeline.compile()
 
@@ -125,9 +135,8 @@ def main(
         return
 
     rate = f"{len(todo) / seconds:.1f} images/s a process" if todo else "all were there already"
-    passes = len(pipeline.generator.plan(decoding.plan))
     most = "at most " if decoding.plan and decoding.plan.adaptive_window else ""
-    print(f"{count} images in {folder}: {rate}, {most}{passes} passes an image")
+    print(f"{count} images in {folder}: {rate}, {most}{len(plan)} passes an image")
     if count >= len(names):
         write_grid(folder.with_name(folder.name + ".png"), files, names)
     if npz:

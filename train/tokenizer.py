@@ -7,18 +7,21 @@ Stop it with Ctrl-C or SIGTERM, and go on where it was with `--resume true`.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from PIL import Image
 from torch import Tensor
 
-from vistok import cli
+from vistok import TokenSpec, cli
 from vistok.data import EvaluationImages, Images, ImageSource, Stream, Transform, make_loader
+from vistok.decoding import Noise
 from vistok.errors import UserError
 from vistok.images import image_grid
 from vistok.losses import TokenizerLoss
 from vistok.metrics import psnr
+from vistok.text import ClipText
 from vistok.tokenizers import Tokenizer
 from vistok.training import (
     EMA,
@@ -52,6 +55,8 @@ def main(
     data: ImageSource,
     output: str,
     images: int,
+    initial: str | None = None,
+    text_encoder: str | None = None,
     batch_size: int = 32,
     accumulation: int = 1,
     transform: str = "random-crop-flip",
@@ -73,6 +78,10 @@ def main(
         data: pictures to train on.
         output: directory of the run.
         images: length of the run in images seen.
+        initial: directory or Hub repository of a tokenizer to start from: of the same kind, or that
+            of the stage before.
+        text_encoder: directory or Hub repository of the CLIP that reads the captions, for
+            tokenizers that decode with text.
         batch_size: images per step, on all processes and in all micro-batches together.
         accumulation: micro-batches into which each process splits its share of a step.
         transform: named crop of training pictures; held-out ones are centre crops.
@@ -91,6 +100,13 @@ def main(
         raise UserError(
             "codebooks and adversaries cannot be sharded: train tokenizers without FSDP"
         )
+    reader = None
+    if tokenizer.text_shape is not None:
+        if text_encoder is None:
+            raise UserError("this tokenizer decodes with text: give --text_encoder, a CLIP")
+        reader = ClipText(text_encoder, tokenizer.text_shape, accelerator.device)
+    if initial is not None:
+        tokenizer.start_from(Tokenizer.from_pretrained(initial))
     loss = (loss or TokenizerLoss()).to(accelerator.device)
     tokenizer.to(accelerator.device).train()
     ema = EMA(tokenizer, ema_decay)
@@ -113,22 +129,33 @@ def main(
     centred = Transform("resize-center-crop", size)
     held_out = EvaluationImages(validation, centred) if validation else None
 
-    def reconstruct(pictures: Tensor) -> Tensor:
-        return ema.module.decode(ema.module.encode(pictures))
+    def text_of(batch: dict[str, Any]) -> Tensor | None:
+        return reader and reader.encode(batch["caption"])
 
-    def scores(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        pictures = batch["image"]
-        reconstruction = reconstruct(pictures)
-        mse = (reconstruction - pictures).square().mean((1, 2, 3))
-        return {"validation/mse": mse, "validation/psnr": psnr(reconstruction, pictures)}
+    def reconstruct(batch: dict[str, Any]) -> list[Tensor]:
+        """Return what becomes of pictures, at shorter lengths first where these decode."""
+        net, text, noise = ema.module, text_of(batch), Noise(0, batch["index"])
+        tokens = net.encode(batch["image"])
+        return [
+            net.decode(tokens[:, :length] if length else tokens, text=text, noise=noise)
+            for length in shorter_lengths(net.spec) + [None]
+        ]
+
+    def scores(batch: dict[str, Any]) -> dict[str, Tensor]:
+        *shorter, whole = reconstruct(batch)
+        found = {
+            f"validation/psnr_{length}": psnr(pictures, batch["image"])
+            for length, pictures in zip(shorter_lengths(tokenizer.spec), shorter, strict=True)
+        }
+        found["validation/mse"] = (whole - batch["image"]).square().mean((1, 2, 3))
+        return found | {"validation/psnr": psnr(whole, batch["image"])}
 
     def draw() -> Image.Image:
         """Return held-out pictures over their reconstructions."""
         shown = spread(len(held_out), PICTURED)
-        rows = [b["image"] for b in held_out_batches(accelerator, held_out, shown, PICTURED // 2)]
-        return image_grid(
-            torch.cat([half for row in rows for half in (row, reconstruct(row))]), PICTURED // 2
-        )
+        batches = held_out_batches(accelerator, held_out, shown, PICTURED // 2)
+        rows = [row for batch in batches for row in (batch["image"], *reconstruct(batch))]
+        return image_grid(torch.cat(rows), PICTURED // 2)
 
     def validate() -> Validation:
         if held_out is None:
@@ -158,7 +185,7 @@ def main(
             set_learning_rate(adam, lr)
             results, seen = [], []
             for batch in accumulate(accelerator, model, batches):
-                result = model(batch["image"])
+                result = model(batch["image"], text_of(batch))
                 objective, terms = loss.generator_loss(
                     batch["image"], result, step, tokenizer.last_layer
                 )
@@ -202,6 +229,13 @@ def main(
                 )
             if progress.end_step(lr=lr):
                 break
+
+
+def shorter_lengths(spec: TokenSpec) -> list[int]:
+    """Return a sixteenth and a quarter of the tokens, where that many decode."""
+    if not spec.has_prefixes:
+        return []
+    return [spec.num_tokens // part for part in (16, 4) if spec.num_tokens >= part]
 
 
 if __name__ == "__main__":

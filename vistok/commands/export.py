@@ -31,6 +31,8 @@ def main(
     temperature: Schedule | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    randomness: Schedule | None = None,
+    length: int | None = None,
     metrics: str | None = None,
     note: str = "",
 ) -> None:
@@ -46,6 +48,8 @@ def main(
         temperature: likewise
         top_k: likewise
         top_p: likewise
+        randomness: likewise
+        length: likewise
         metrics: JSON file of results, for the card
         note: a sentence for the card
     """
@@ -54,7 +58,13 @@ def main(
     nn.Module.to(pipeline.tokenizer, getattr(torch, tokenizer_dtype))
     nn.Module.to(pipeline.generator, getattr(torch, generator_dtype))
     pipeline.decoding = pipeline.decoding.changed(
-        plan=plan, guidance=guidance, temperature=temperature, top_k=top_k, top_p=top_p
+        plan=plan,
+        guidance=guidance,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        randomness=randomness,
+        length=length,
     )
     runs = [describe_run(Path(checkpoint, part)) for part in ("tokenizer", "generator")]
     scores = describe_scores(metrics) if metrics else ""

@@ -65,10 +65,15 @@ class Images:
         return len(self.source)
 
     def get(self, index: int, generator: torch.Generator) -> Item:
-        """Return {"image": (C, size, size) in [0, 1], "label", "index"}."""
+        """Return {"image": (C, size, size) in [0, 1], "label", "caption", "index"}."""
         sample = self.source[index]
         image = self.transform(sample.image, generator)
-        return {"image": image, "label": sample.label, "index": index}
+        return {
+            "image": image,
+            "label": sample.label,
+            "caption": sample.caption,
+            "index": index,
+        }
 
     def permutation(self, generator: torch.Generator) -> Int64[Tensor, "n"]:
         return self.source.permutation(generator)

@@ -18,6 +18,7 @@ from vistok.tokenizers.base import TokenizerOutput
 from vistok.tokenizers.sequence import Lengths, SequenceTokenizer, TailDrop
 
 QueryInit = Literal["multi-level", "mean", "learned"]
+CellInit = Literal["first", "multi-level"]
 FeatureLoss = Literal["mse", "cosine"]
 
 
@@ -43,6 +44,9 @@ class ReTok(SequenceTokenizer):
         query_init: what the encoder's queries start from: means of the grid at rising resolution
             (the number of tokens must be a power of two, and redundant queries repeat the last of
             the others); the mean of the whole grid; or learned rows.
+        cell_init: what the decoder's queries, the cells of its grid, start from: the first token,
+            as published; or, for few data, the sum of the tokens that `query_init` multi-level
+            makes of their place, so that tokens and cells need not first find each other.
         channels: width of the convolutional encoder's first layer, and what the multipliers
             multiply.
         channel_multipliers: width of each level of the encoder, from full resolution down; each
@@ -76,6 +80,7 @@ class ReTok(SequenceTokenizer):
         num_redundant: int = 224,
         tail_drop: str | None = None,
         query_init: QueryInit = "multi-level",
+        cell_init: CellInit = "first",
         channels: int = 128,
         channel_multipliers: Sequence[int] = (1, 1, 2, 2, 4),
         decoder_channel_multipliers: Sequence[int] | None = None,
@@ -132,7 +137,7 @@ class ReTok(SequenceTokenizer):
         )  # fmt: skip
         self.to_grid = TokensToGrid(
             z_channels, decoder_width, decoder_depth, decoder_heads, grid,
-            num_latent_tokens + num_redundant, alignment_dim, distill_depth,
+            num_latent_tokens, num_redundant, cell_init, alignment_dim, distill_depth,
         )  # fmt: skip
         decoder = AdaptiveDecoder if adaptive_gn else conv.Decoder
         self.decoder = decoder(
@@ -337,7 +342,7 @@ class GridToTokens(QueryTransformer):
 
 
 class TokensToGrid(QueryTransformer):
-    """Reads the tokens back into a grid; every cell's query starts from the first token."""
+    """Reads the tokens back into a grid."""
 
     def __init__(
         self,
@@ -347,11 +352,17 @@ class TokensToGrid(QueryTransformer):
         heads: int,
         grid: tuple[int, int],
         num_tokens: int,
+        num_redundant: int,
+        cell_init: CellInit,
         alignment_dim: int | None,
         distill_depth: int,
     ):
-        super().__init__(channels, width, depth, heads, num_tokens, grid[0] * grid[1])
-        self.grid, self.distill_depth = grid, distill_depth
+        total = num_tokens + num_redundant
+        super().__init__(channels, width, depth, heads, total, grid[0] * grid[1])
+        if cell_init == "multi-level":
+            _check_levels(num_tokens, num_redundant, grid)
+        self.grid, self.num_tokens = grid, num_tokens
+        self.cell_init, self.distill_depth = cell_init, distill_depth
         self.alignment = None
         if alignment_dim is not None:
             self.alignment = nn.Sequential(
@@ -367,7 +378,7 @@ class TokensToGrid(QueryTransformer):
         self, tokens: Float[Tensor, "b k c"], kept: Bool[Tensor, "b k"] | None = None
     ) -> tuple[Float[Tensor, "b c gh gw"], Float[Tensor, "b gh gw a"] | None]:
         memory = self.embed(self.ln_pre(tokens))
-        cells = memory[:, :1].expand(-1, len(self.query_positions), -1)
+        cells = self.initial_cells(memory, kept)
         early, late = self.layers[: self.distill_depth], self.layers[self.distill_depth :]
         cells = self.read(memory, cells, early, kept)
         aligned = None
@@ -375,6 +386,23 @@ class TokensToGrid(QueryTransformer):
             aligned = self.alignment(cells).unflatten(1, self.grid)
         cells = self.ln_post(self.read(memory, cells, late, kept))
         return self.conv_out(cells.transpose(1, 2).unflatten(2, self.grid)), aligned
+
+    def initial_cells(
+        self, memory: Float[Tensor, "b k w"], kept: Bool[Tensor, "b k"] | None
+    ) -> Float[Tensor, "b m w"]:
+        if self.cell_init == "first":
+            return memory[:, :1].expand(-1, len(self.query_positions), -1)
+        if kept is not None:
+            memory = memory * kept[:, :, None]
+        missing = self.num_tokens - memory.shape[1]  # none, or some redundant ones to leave out
+        tokens = F.pad(memory, (0, 0, 0, missing)).transpose(1, 2)
+        grids = pooled_grids(self.num_tokens)
+        means = tokens.split([rows * columns for rows, columns in grids], dim=2)
+        cells = sum(
+            F.interpolate(mean.unflatten(2, size), self.grid)
+            for mean, size in zip(means, grids, strict=True)
+        )
+        return cells.flatten(2).transpose(1, 2)
 
 
 class AdaptiveGroupNorm(nn.Module):
