@@ -72,13 +72,10 @@ class Watched:
 
     def compare(self, case):
         """Last blocks compute only the rows that are read."""
-        model = self.model
-        after = 1 + model.encoder.num_patches
+        encoder, decoder = self.model.encoder, self.model.decoder
         read = {
-            f"enc.block{len(model.encoder.transformer) - 1}": slice(after, None),
-            f"dec.block{len(model.decoder.transformer) - 1}": slice(
-                1, 1 + model.decoder.num_patches
-            ),
+            f"enc.block{len(encoder.transformer) - 1}": slice(1 + encoder.num_patches, None),
+            f"dec.block{len(decoder.transformer) - 1}": slice(1, 1 + decoder.num_patches),
         }
         for name, output in self.seen.items():
             rows = read.get(name, slice(None))

@@ -1,6 +1,7 @@
 """The VQGAN of MaskGIT (Chang et al., 2022, arXiv:2202.04200): convolutions without attention. Its
 codes are what TiTok's first stage predicts and what RAR and MaskGIT generate."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -141,9 +142,5 @@ class Decoder(nn.Module):
 
 
 def _blocks(in_channels: int, out_channels: int, count: int) -> nn.Sequential:
-    return nn.Sequential(
-        *(
-            ResidualBlock(in_channels if j == 0 else out_channels, out_channels)
-            for j in range(count)
-        )
-    )
+    widths = [in_channels, *[out_channels] * count]
+    return nn.Sequential(*(ResidualBlock(a, b) for a, b in itertools.pairwise(widths)))

@@ -57,8 +57,8 @@ class TwoStageTiTok(TiTok):
         super().__init__(quantizer, **titok)
         if stage not in (1, 2) or (stage == 2 and vqgan_channels is None):
             raise UserError(
-                f"TwoStageTiTok: stage {stage} with vqgan_channels {vqgan_channels}; expected stage "
-                "1, or 2 with a VQGAN"
+                f"TwoStageTiTok: stage {stage} with vqgan_channels {vqgan_channels}; expected "
+                "stage 1, or stage 2 with a VQGAN"
             )
         self.stage = stage
         self.decoder.head = ProxyHead(self.decoder.ln_post.weight.numel(), num_proxy_codes)
