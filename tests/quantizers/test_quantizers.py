@@ -58,7 +58,7 @@ def test_code_statistics():
     assert (usage, perplexity) == (1 / 8, 1)
 
 
-@pytest.mark.parametrize("levels", [[8, 5, 4], [3, 7], [8, 8, 8]])
+@pytest.mark.parametrize("levels", [[8, 5, 4], [3, 7], [8, 8, 8], [2, 3]])
 def test_fsq_reaches_every_code(levels):
     quantizer = FSQ(levels)
     ids = torch.arange(quantizer.vocab_size)
@@ -90,9 +90,9 @@ def test_fsq_gradient_passes_through_rounding():
     torch.testing.assert_close(latents.grad, upstream * slope)
 
 
-@pytest.mark.parametrize("levels", [[], [8, 2]])
+@pytest.mark.parametrize("levels", [[], [8, 1]])
 def test_fsq_refuses_levels(levels):
-    with pytest.raises(UserError, match="at least 3"):
+    with pytest.raises(UserError, match="at least 2"):
         FSQ(levels)
 
 
@@ -120,6 +120,29 @@ def test_vq_losses_and_gradients():
     torch.testing.assert_close(latents.grad, upstream + 0.5 * 2 * error / error.numel())
     expected = torch.zeros(9, 4).index_add(0, result.ids, -2.0 * 2 * error / error.numel())
     torch.testing.assert_close(quantizer.embedding.weight.grad, expected)
+
+
+@pytest.mark.parametrize("l2_normalise", [True, False])
+def test_vq_rotates_the_gradient(l2_normalise):
+    torch.manual_seed(0)
+    quantizer = spread(VQ(9, 4, l2_normalise, commitment=0, codebook_weight=0, rotation=True))
+    latents = torch.randn(6, 4, requires_grad=True)
+    upstream = torch.randn(6, 4)
+    result = quantizer(latents)
+    codes = quantizer.decode(result.ids)
+    torch.testing.assert_close(result.quantised, codes, atol=1e-5, rtol=1e-4)
+    compared = F.normalize(latents, dim=1) if l2_normalise else latents
+    (grad,) = torch.autograd.grad((result.quantised * upstream).sum(), latents, retain_graph=True)
+    rows = []
+    for e, code in zip(compared.detach(), codes.detach(), strict=True):
+        u, q = e / e.norm(), code / code.norm()
+        w = (u + q) / (u + q).norm()
+        rotation = torch.eye(4) - 2 * w.outer(w) + 2 * q.outer(u)
+        torch.testing.assert_close(rotation @ rotation.T, torch.eye(4), atol=1e-5, rtol=1e-4)
+        rows.append(rotation * code.norm() / e.norm())
+    mapped = torch.einsum("nij,nj->ni", torch.stack(rows), compared)
+    (expected,) = torch.autograd.grad((mapped * upstream).sum(), latents)
+    torch.testing.assert_close(grad, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_vq_entropy_loss():

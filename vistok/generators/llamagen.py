@@ -6,6 +6,7 @@ gives one token a row, and PAR's, is an argument.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -55,7 +56,9 @@ class LlamaGen(Generator):
     condition_dropout: probability with which training replaces a condition by the null condition.
     positions: rotary factors at each layer; or a table added to the embeddings, learned or fixed.
     rope_base: of the rotary frequencies.
-    norm_eps: of the RMS norms.
+    norm: RMS norms, or layer norms with biases.
+    norm_eps: of these norms.
+    qk_norm: RMS norms of queries and keys over each head, too, with an eps of 1e-6.
     caption_dim: channels of caption features; None for class-conditional models.
     caption_length: rows of a caption.
 
@@ -81,7 +84,9 @@ class LlamaGen(Generator):
         condition_dropout: float = 0.1,
         positions: Literal["rotary", "learned", "fixed"] = "rotary",
         rope_base: float = 10000.0,
+        norm: Literal["rms", "layer"] = "rms",
         norm_eps: float = 1e-5,
+        qk_norm: bool = False,
         caption_dim: int | None = None,
         caption_length: int = 120,
     ):
@@ -95,6 +100,8 @@ class LlamaGen(Generator):
         self.spec, self.class_names, self.order = spec, tuple(class_names), Order(order)
         if self.order.name == "zipar":
             raise UserError("order zipar decodes models of raster order: train with order raster")
+        if self.order.name == "maskgit":
+            raise UserError("order maskgit decodes masked models: train MaskGIT")
         self.condition_dropout = condition_dropout
         self.condition = (
             ClassCondition(len(class_names), dim)
@@ -107,8 +114,12 @@ class LlamaGen(Generator):
             self.placeholders = nn.Embedding(num_placeholders, dim)
         self.dropout = nn.Dropout(dropout)
         sizes = (num_heads, num_kv_heads or num_heads, hidden_dim or swiglu_width(dim))
-        self.blocks = nn.ModuleList(Block(dim, *sizes, dropout, norm_eps) for _ in range(depth))
-        self.norm = RMSNorm(dim, eps=norm_eps)
+        make_norm = partial(RMSNorm if norm == "rms" else nn.LayerNorm, eps=norm_eps)
+        qk = partial(RMSNorm, eps=1e-6) if qk_norm else None
+        self.blocks = nn.ModuleList(
+            Block(dim, *sizes, dropout, make_norm, qk_norm=qk) for _ in range(depth)
+        )
+        self.norm = make_norm(dim)
         # Rows without a place (the prefix, placeholders) have zeros for an angle: their keys and
         # queries vanish, and they act through their values alone.
         rotary = rotary_table(spec.shape, dim // num_heads, rope_base)
@@ -138,13 +149,6 @@ class LlamaGen(Generator):
         zips = self.order.name == "raster" and len(self.spec.shape) == 2
         return [str(self.order), *(["zipar(s)"] if zips else [])]
 
-    def null_condition(self, condition: Condition) -> Condition:
-        return self.condition.null(condition)
-
-    def with_null(self, condition: Condition) -> Condition:
-        self.condition.check(condition)
-        return self.condition.with_null(condition)
-
     def forward(
         self,
         tokens: Int64[Tensor, "b *shape"],
@@ -153,11 +157,7 @@ class LlamaGen(Generator):
     ) -> GeneratorOutput:
         """Cross-entropy over all positions, every row at once under the plan's mask; `weight`
         counts some images more than others, or not at all."""
-        self.condition.check(condition)
-        if self.training:
-            dropped = torch.rand(len(tokens), device=tokens.device) < self.condition_dropout
-            condition = self.condition.drop(condition, dropped)
-        hidden = self.teacher_forced(tokens, condition)
+        hidden = self.teacher_forced(tokens, self.some_null(condition))
         loss = self.head.loss(hidden, tokens.flatten(1)).mean(1)
         if weight is None:
             return GeneratorOutput(loss.mean())

@@ -5,6 +5,8 @@ further one on extra blocks above the one before; a position with several known 
 mean of their logits.
 """
 
+import copy
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,7 +14,6 @@ from torch import Tensor, nn
 from vistok.decoding.plans import Pass
 from vistok.generators.llamagen import LlamaGen
 from vistok.heads.categorical import CategoricalHead
-from vistok.layers.norms import RMSNorm
 from vistok.models import register_to_config
 from vistok.tokens import TokenSpec
 
@@ -45,8 +46,8 @@ class NAR(LlamaGen):
             spec, class_names, order="nar", depth=depth + extra_depth * (axes - 1), **transformer
         )
         self.tapped = [depth + extra_depth * axis for axis in range(axes)]
-        dim, eps = self.norm.weight.shape[0], self.norm.eps
-        self.norm = nn.ModuleList(RMSNorm(dim, eps=eps) for _ in range(axes))
+        dim = self.norm.weight.shape[0]
+        self.norm = nn.ModuleList(copy.deepcopy(self.norm) for _ in range(axes))
         # The heads are linear: the mean of their logits is one product of all their inputs, each
         # weighted beforehand, with their matrices side by side.
         self.head = CategoricalHead(axes * dim, spec.vocab_size)

@@ -1,4 +1,4 @@
-"""Fixed sine-cosine position embedding (Vaswani et al., 2017, arXiv:1706.03762)."""
+"""Sine-cosine embeddings of positions (Vaswani et al., 2017, arXiv:1706.03762) and of times."""
 
 import torch
 from jaxtyping import Float, Int64
@@ -13,3 +13,26 @@ def sincos_table(
     frequencies = base ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = positions[:, None].double() * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+
+def sincos_grid(height: int, width: int, dim: int) -> Float[Tensor, "h w d"]:
+    """Return sines and cosines of the row, then those of the column, of each cell of a square grid.
+
+    Other grids are cut into runs of `height` cells, row by row, and get the number of the run and
+    the place in it: unique, but no coordinates. FlexTok's weights were trained with these.
+    """
+    cells = torch.arange(height * width)
+    halves = [sincos_table(axis, dim // 2) for axis in (cells // height, cells % height)]
+    return torch.cat(halves, dim=1).view(height, width, dim)
+
+
+def time_features(
+    times: Float[Tensor, "b"], dim: int, max_period: float = 256.0
+) -> Float[Tensor, "b d"]:
+    """Return the cosines, then the sines, of times in [0, 1] at frequencies from 1000 down to
+    1000 / max_period (Nichol and Dhariwal, 2021, arXiv:2102.09672); an odd `dim` ends in zero."""
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=times.device) / half
+    angles = times.float()[:, None] * 1000 * max_period**-exponents
+    features = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return torch.nn.functional.pad(features, (0, dim % 2))

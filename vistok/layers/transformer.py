@@ -1,5 +1,6 @@
 """The Llama block (Touvron et al., 2023): pre-norm attention with rotary positions, and SwiGLU."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -10,8 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from vistok.layers.cache import KVCache
 from vistok.layers.linear import Linear
-from vistok.layers.norms import RMSNorm
 from vistok.layers.rotary import rotate
+
+Norm = Callable[[int], nn.Module]  # from a width
 
 
 @lru_cache
@@ -22,14 +24,27 @@ def fused_flex_attention():
 
 class Attention(nn.Module):
     """Multi-head attention with rotary positions and, where `num_kv_heads` is smaller, grouped
-    keys and values (Ainslie et al., 2023). No biases."""
+    keys and values (Ainslie et al., 2023). No biases. `qk_norm` normalises queries and keys over a
+    head before they are turned (Dehghani et al., 2023, arXiv:2302.05442); `scale` multiplies their
+    products, by default by one over the root of the head's width."""
 
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, dropout: float):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        dropout: float,
+        qk_norm: Norm | None = None,
+        scale: float | None = None,
+    ):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
         self.qkv = Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim)
         self.out = Linear(num_heads * self.head_dim, dim)
         self.dropout = nn.Dropout(dropout)
+        self.q_norm = qk_norm(self.head_dim) if qk_norm else None
+        self.k_norm = qk_norm(self.head_dim) if qk_norm else None
+        self.scale = scale
 
     def forward(
         self,
@@ -42,10 +57,13 @@ class Attention(nn.Module):
         slots: Int64[Tensor, "r"] | None = None,
         end: int = 0,
     ) -> Float[Tensor, "b r d"]:
-        """`mask` is true where a row (next to last axis) sees a key (last axis); with `cache`, keys
-        are its rows: all, or with `slots` those before `end`."""
+        """`mask` is true where a row (next to last axis) sees a key (last axis), or is added to
+        their logit; with `cache`, keys are its rows: all, or with `slots` those before `end`."""
         heads = self.qkv(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
         turned, value = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], 1)
+        if self.q_norm is not None:
+            query, key = turned.split([self.num_heads, self.num_kv_heads], 1)
+            turned = torch.cat([self.q_norm(query), self.k_norm(key)], 1).to(value.dtype)
         if rotary is not None:
             turned = rotate(turned, rotary)
         query, key = turned.split([self.num_heads, self.num_kv_heads], 1)
@@ -56,10 +74,16 @@ class Attention(nn.Module):
         grouped = self.num_kv_heads < self.num_heads
         if isinstance(mask, BlockMask):
             attend = fused_flex_attention() if query.is_cuda else flex_attention
-            mixed = attend(query, key, value, block_mask=mask, enable_gqa=grouped)
+            mixed = attend(query, key, value, block_mask=mask, scale=self.scale, enable_gqa=grouped)
         else:
             mixed = scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=is_causal,
+                scale=self.scale,
+                enable_gqa=grouped,
             )
         out = self.out(mixed.transpose(1, 2).flatten(2))
         return self.dropout(out) if self.training else out
@@ -81,7 +105,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)). `attention` are further arguments of
+    `Attention`."""
 
     def __init__(
         self,
@@ -90,12 +115,13 @@ class Block(nn.Module):
         num_kv_heads: int,
         hidden_dim: int,
         dropout: float,
-        norm_eps: float = 1e-5,
+        norm: Norm,
+        **attention,
     ):
         super().__init__()
-        self.attention_norm = RMSNorm(dim, eps=norm_eps)
-        self.attention = Attention(dim, num_heads, num_kv_heads, dropout)
-        self.feed_forward_norm = RMSNorm(dim, eps=norm_eps)
+        self.attention_norm = norm(dim)
+        self.attention = Attention(dim, num_heads, num_kv_heads, dropout, **attention)
+        self.feed_forward_norm = norm(dim)
         self.feed_forward = SwiGLU(dim, hidden_dim, dropout)
 
     def forward(self, x: Float[Tensor, "b r d"], *args, **kwargs) -> Float[Tensor, "b r d"]:

@@ -22,14 +22,14 @@ class FSQ(Quantizer):
     -1, ..., 1 - 2/L.
 
     Args:
-        levels: levels of each channel, each at least 3; their product is the vocabulary.
+        levels: levels of each channel, each at least 2; their product is the vocabulary.
     """
 
     @register_to_config
     def __init__(self, levels: Sequence[int] = (8, 8, 8, 8)):
         super().__init__()
-        if len(levels) == 0 or min(levels) < 3:
-            raise UserError(f"FSQ: levels {list(levels)} must each be at least 3")
+        if len(levels) == 0 or min(levels) < 2:
+            raise UserError(f"FSQ: levels {list(levels)} must each be at least 2")
         self.dim = len(levels)
         self.vocab_size = math.prod(levels)
         basis = [math.prod(levels[:i]) for i in range(len(levels))]
