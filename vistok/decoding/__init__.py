@@ -2,14 +2,16 @@
 
 from vistok.decoding.adaptive import decode_adaptively
 from vistok.decoding.loop import Decoding, decode
+from vistok.decoding.masked import decode_masked
 from vistok.decoding.noise import Noise, StoredNoise
 from vistok.decoding.orders import Order
-from vistok.decoding.plans import Pass, Plan
+from vistok.decoding.plans import MaskedPlan, Pass, Plan
 from vistok.decoding.sampling import Sampling, probabilities, sample_categorical
 from vistok.decoding.schedules import Schedule
 
 __all__ = [
     "Decoding",
+    "MaskedPlan",
     "Noise",
     "Order",
     "Pass",
@@ -19,6 +21,7 @@ __all__ = [
     "StoredNoise",
     "decode",
     "decode_adaptively",
+    "decode_masked",
     "probabilities",
     "sample_categorical",
 ]

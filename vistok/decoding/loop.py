@@ -9,23 +9,30 @@ from torch import Tensor
 
 from vistok.decoding.noise import Noise
 from vistok.decoding.orders import Order
-from vistok.decoding.plans import Pass, Plan
+from vistok.decoding.plans import MaskedPlan, Pass, Plan
 from vistok.decoding.sampling import Sampling
 from vistok.decoding.schedules import Schedule
+from vistok.errors import UserError
 from vistok.tokens import TokenSpec
 
 SCHEDULES = ("guidance", "temperature", "budget", "randomness")  # of a `Decoding`
 
 
 @runtime_checkable
-class Steppable(Protocol):
-    """What the loop asks of a generator; see `vistok.generators.Generator`."""
+class Plannable(Protocol):
+    """What every loop asks of a generator; see `vistok.generators.Generator`."""
 
     spec: TokenSpec
     head: object
 
-    def plan(self, order: Order | None = None) -> Plan: ...
+    def plan(self, order: Order | None = None) -> Plan | MaskedPlan: ...
     def with_null(self, condition: object) -> object: ...
+
+
+@runtime_checkable
+class Steppable(Plannable, Protocol):
+    """What the loop of static plans asks of a generator beside that."""
+
     def new_state(self, rows: int, plan: Plan) -> object: ...
     def step(self, tokens: Tensor, condition: object, fed: Pass, state: object) -> Tensor: ...
 
@@ -72,7 +79,7 @@ class Decoding:
         schedules = {k: Schedule(settings[k]) for k in SCHEDULES if k in settings}
         return cls(**{**settings, **order, **schedules})
 
-    def plan_of(self, generator: "Steppable") -> Plan:
+    def plan_of(self, generator: Plannable) -> Plan | MaskedPlan:
         """The passes by which a generator decodes under these settings; raises `UserError` for an
         order or a length that does not fit it."""
         plan = generator.plan(self.plan)
@@ -85,7 +92,7 @@ class Decoding:
         """How tokens are drawn when `fraction` of them is decoded."""
         return Sampling(self.temperature(fraction), self.top_k, self.top_p)
 
-    def scales(self, plan: Plan) -> list[float]:
+    def scales(self, plan: Plan | MaskedPlan) -> list[float]:
         """The guidance scale of each pass."""
         return [self.guidance(fraction) for fraction in plan.fractions]
 
@@ -108,7 +115,10 @@ def decode(
     used again); `on_pass(t, tokens)` sees the tokens after each pass.
     """
     decoding = decoding or Decoding()
-    plan = decoding.plan_of(generator).to(condition.device)
+    plan = decoding.plan_of(generator)
+    if isinstance(plan, MaskedPlan):
+        raise UserError(f"order {plan.name} has no fixed positions: use decode_masked")
+    plan = plan.to(condition.device)
     spec, batch = generator.spec.first(decoding.length or generator.spec.num_tokens), len(condition)
 
     scales = decoding.scales(plan)

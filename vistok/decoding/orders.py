@@ -13,7 +13,7 @@ from itertools import pairwise, product
 
 import torch
 
-from vistok.decoding.plans import Pass, Plan
+from vistok.decoding.plans import MaskedPlan, Pass, Plan
 from vistok.decoding.spelling import read_call
 from vistok.errors import UserError
 
@@ -29,7 +29,10 @@ class Order:
     - `nar`: all neighbours of what is known, h + w - 1 passes, t + h + w - 2 for video (NAR);
     - `zipar(16)`: for models trained in raster order, each row behind the one above by a window s,
       2w + (h - 2)s passes; `zipar(16,masked)` hides slots not yet written, `zipar(16,adaptive)`
-      starts rows when they are ready, image by image (ZipAR).
+      starts rows when they are ready, image by image (ZipAR);
+    - `maskgit(8)`: for masked models, in 8 passes over all positions, of which the most confident
+      stay; `maskgit(8,cosine)` leaves as many masked as the cosine says, by default the arccosine,
+      or `linear`, `square`, `cubic`, `sqrt` (MaskGIT).
 
     `order(shape)` returns the plan. Raises `UserError` for any other spelling, and for a shape that
     does not fit.
@@ -52,7 +55,7 @@ class Order:
                         f"order '{text}': {parameter.name} must be a whole number"
                     ) from None
 
-    def __call__(self, shape: tuple[int, ...], condition_rows: int = 1) -> Plan:
+    def __call__(self, shape: tuple[int, ...], condition_rows: int = 1) -> Plan | MaskedPlan:
         return _ORDERS[self.name](tuple(shape), condition_rows, *self.arguments)
 
     @property
@@ -259,7 +262,37 @@ def in_slots(
     return replace(fed, slots=slots, sees=torch.arange(int(slots.max()) + 1) <= slots[:, None])
 
 
-_ORDERS = {order.__name__: order for order in (raster, diagonal, random, par, nar, zipar)}
+# The share of tokens still masked when the fraction r of the passes is over.
+MASKED_SHARES = {
+    "arccos": lambda r: math.acos(r) * 2 / math.pi,
+    "cosine": lambda r: math.cos(math.pi * r / 2),
+    "linear": lambda r: 1 - r,
+    "square": lambda r: 1 - r**2,
+    "cubic": lambda r: 1 - r**3,
+    "sqrt": lambda r: 1 - math.sqrt(r),
+}
+
+
+@_plan
+def maskgit(
+    shape: tuple[int, ...], condition_rows: int = 1, steps: int = 8, schedule: str = "arccos"
+) -> MaskedPlan:
+    """MaskGIT (Chang et al., 2022, arXiv:2202.04200): every pass but the last leaves at least one
+    token masked, and fewer than the one before while there are more than one."""
+    if steps < 1 or schedule not in MASKED_SHARES:
+        raise UserError(
+            f"order 'maskgit({steps},{schedule})': takes passes, at least 1, and one of "
+            f"{', '.join(MASKED_SHARES)}"
+        )
+    n = math.prod(shape)
+    masked = [n]
+    for step in range(1, steps):
+        share = MASKED_SHARES[schedule](step / steps)
+        masked.append(max(1, min(masked[-1] - 1, math.floor(n * share))))
+    return MaskedPlan("maskgit", shape, tuple(masked))
+
+
+_ORDERS = {order.__name__: order for order in (raster, diagonal, random, par, nar, zipar, maskgit)}
 
 
 def _next_token(condition: list[int], fed: list[int], rank: int, predict: int) -> Pass:

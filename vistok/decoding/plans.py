@@ -212,3 +212,26 @@ class Plan:
             source=torch.cat(sources),
             **{name: torch.cat([getattr(fed, name) for fed in self.passes]) for name in joined},
         )
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedPlan:
+    """The passes of masked decoding of tokens of `shape`: each sees all positions, and confidence
+    chooses at run time which tokens stay. Only their number is known before: `masked[t]` positions
+    are unknown when pass t begins."""
+
+    name: str
+    shape: Shape
+    masked: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.masked)
+
+    @property
+    def fractions(self) -> list[float]:
+        """The fraction of the passes that are over when each begins."""
+        return [t / len(self) for t in range(len(self))]
+
+    def first(self, length: int) -> "MaskedPlan":
+        """Raise `UserError`: no token is known to be among the first before the last pass."""
+        raise UserError(f"order {self.name} decodes all tokens at once, not the first {length}")

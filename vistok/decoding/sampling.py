@@ -49,16 +49,29 @@ def probabilities(
 
 
 def sample_categorical(
-    logits: Float[Tensor, "*batch v"], uniform: Float[Tensor, "*batch"], sampling: Sampling
+    logits: Float[Tensor, "*batch v"],
+    uniform: Float[Tensor, "*batch"] | Float[Tensor, "*batch v"],
+    sampling: Sampling,
 ) -> Int64[Tensor, "*batch"]:
-    """Draw one token per row by inverting the cumulative distribution at `uniform` in [0, 1).
+    """Draw one token per row by inverting the cumulative distribution at `uniform` in [0, 1); with
+    a number for each entry of the vocabulary, by the Gumbel-max rule, which couples draws of
+    different distributions and is what stored runs of other samplers come to.
 
     Fixed shapes and no host synchronisation, unlike `torch.multinomial`; a token depends on its own
-    row and number alone.
+    row and numbers alone.
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    return inverse_cdf(probabilities(logits, sampling), uniform)
+    probs = probabilities(logits, sampling)
+    if uniform.ndim == logits.ndim:
+        return (probs.double().log() + gumbel(uniform)).argmax(dim=-1)
+    return inverse_cdf(probs, uniform)
+
+
+def gumbel(uniform: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return standard Gumbel noise, float64 and finite, from uniforms in [0, 1]."""
+    tiny = 1e-20
+    return -(-uniform.double().clamp(min=tiny).log()).clamp(min=tiny).log()
 
 
 def inverse_cdf(

@@ -3,7 +3,17 @@
 from vistok.generators.base import Generator, GeneratorOutput
 from vistok.generators.conditions import Captions, Condition
 from vistok.generators.llamagen import LlamaGen
+from vistok.generators.maskgit import MaskGIT
 from vistok.generators.nar import NAR
 from vistok.generators.par import PAR
 
-__all__ = ["NAR", "PAR", "Captions", "Condition", "Generator", "GeneratorOutput", "LlamaGen"]
+__all__ = [
+    "NAR",
+    "PAR",
+    "Captions",
+    "Condition",
+    "Generator",
+    "GeneratorOutput",
+    "LlamaGen",
+    "MaskGIT",
+]

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from vistok.decoding.orders import Order
-from vistok.decoding.plans import Pass, Plan
-from vistok.errors import IncompatibleTokensError
+from vistok.decoding.plans import MaskedPlan, Pass, Plan
+from vistok.errors import IncompatibleTokensError, UserError
 from vistok.generators.conditions import CaptionCondition, ClassCondition, Condition
 from vistok.heads.base import Head
 from vistok.models import Model
@@ -24,10 +25,12 @@ class GeneratorOutput:
 
 class Generator(Model):
     """Condition to tokens. Trained by `forward`; decoded by `vistok.decoding.decode`, which calls
-    `step` once per pass of a plan. No cache, counter or mask lives on the module.
+    `step` once per pass of a plan, or by `decode_masked`, which calls `hidden`. No cache, counter
+    or mask lives on the module.
 
     Attributes: `spec`, the tokens it was built for; `class_names`, in the order of the labels;
-    `condition`, class or caption to the first rows; `head`, hidden state to tokens; `kinds`, the
+    `condition`, class or caption to the first rows; `condition_dropout`, the probability with which
+    training replaces it by the null condition; `head`, hidden state to tokens; `kinds`, the
     kinds of tokens the family accepts.
     """
 
@@ -35,7 +38,15 @@ class Generator(Model):
     spec: TokenSpec
     class_names: tuple[str, ...]
     condition: ClassCondition | CaptionCondition
+    condition_dropout: float
     head: Head
+
+    def check_heads(self, dim: int, num_heads: int) -> None:
+        """Raise `UserError` unless the heads share the width evenly."""
+        if dim % num_heads:
+            raise UserError(
+                f"{type(self).__name__}: dim {dim} must be a multiple of num_heads {num_heads}"
+            )
 
     def check_spec(self, spec: TokenSpec) -> None:
         """Raise `IncompatibleTokensError` unless this family can model tokens of `spec`."""
@@ -45,7 +56,7 @@ class Generator(Model):
                 f"not {spec}: choose a tokenizer of such tokens or another generator"
             )
 
-    def plan(self, order: Order | None = None) -> Plan:
+    def plan(self, order: Order | None = None) -> Plan | MaskedPlan:
         """Return the plan of decoding by `order`, by default that of training; raise `UserError`
         for an order that does not fit the model."""
         raise NotImplementedError
@@ -59,13 +70,27 @@ class Generator(Model):
         """One training pass; corruption, order and condition dropout happen inside."""
         raise NotImplementedError
 
+    def set_progress(self, fraction: float) -> None:
+        """Told before each training step which fraction of the run is over, for families whose
+        training changes along it. Here: nothing."""
+
     def null_condition(self, condition: Condition) -> Condition:
         """Return the unconditional condition of the same shape, for guidance."""
-        raise NotImplementedError
+        return self.condition.null(condition)
 
     def with_null(self, condition: Condition) -> Condition:
         """Return the batch of the conditions followed by that of their null conditions."""
-        raise NotImplementedError
+        self.condition.check(condition)
+        return self.condition.with_null(condition)
+
+    def some_null(self, condition: Condition) -> Condition:
+        """In training, return each condition or, with probability `condition_dropout`, its null
+        condition; otherwise the conditions."""
+        self.condition.check(condition)
+        if not self.training:
+            return condition
+        dropped = torch.rand(len(condition), device=condition.device) < self.condition_dropout
+        return self.condition.drop(condition, dropped)
 
     def new_state(self, rows: int, plan: Plan):
         """Return the state (a key-value cache) of decoding `rows` sequences by `plan`."""

@@ -13,14 +13,15 @@ from vistok.models import register_to_config
 
 
 class CategoricalHead(Head):
-    """A bias-free linear map to logits, float32, zero at the start: training begins at the uniform
-    distribution."""
+    """A linear map to logits, float32, by default without bias; zero at the start: training begins
+    at the uniform distribution."""
 
     @register_to_config
-    def __init__(self, dim: int, vocab_size: int):
+    def __init__(self, dim: int, vocab_size: int, bias: bool = False):
         super().__init__()
-        self.linear = Linear(dim, vocab_size)
-        nn.init.zeros_(self.linear.weight)
+        self.linear = Linear(dim, vocab_size, bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def logits(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch v"]:
         return self.linear(hidden).float()
@@ -48,6 +49,6 @@ class CategoricalHead(Head):
         self, hidden: Float[Tensor, "b s d"], null: Float[Tensor, "b s d"] | None, scale: float
     ) -> Float[Tensor, "b s v"]:
         if null is not None:
-            # The head is linear: guiding the hidden states guides the logits at half the cost.
+            # The head is affine: guiding the hidden states guides the logits at half the cost.
             hidden = torch.lerp(null, hidden, scale)
         return self.logits(hidden)

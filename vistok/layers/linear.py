@@ -8,16 +8,20 @@ FEW_ROWS = range(4, 65)  # for which the product from the left was measured to b
 
 
 class Linear(nn.Linear):
-    """A linear map without bias. For the few rows of a parallel pass a CPU computes (W x^T)^T: it
-    reads the weights as they lie, where x W^T first packs them anew at every call."""
+    """A linear map, by default without bias. For the few rows of a parallel pass a CPU computes
+    (W x^T)^T: it reads the weights as they lie, where x W^T first packs them anew at every call."""
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
         rows = x.numel() // x.shape[-1]
         plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if plain or not x.is_cpu or rows not in FEW_ROWS:
             return super().forward(x)
-        out = (self.weight @ x.reshape(rows, -1).t()).t()
-        return out.contiguous().view(*x.shape[:-1], -1)
+        columns = x.reshape(rows, -1).t()
+        if self.bias is None:
+            out = self.weight @ columns
+        else:
+            out = torch.addmm(self.bias[:, None], self.weight, columns)
+        return out.t().contiguous().view(*x.shape[:-1], -1)
