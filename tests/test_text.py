@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vistok.errors import UserError
-from vistok.text import TextEncoder
+from vistok.text import ClipText, TextEncoder
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +59,50 @@ def test_what_is_no_t5_is_refused(text_encoder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'vistok\[text\]'"):
         TextEncoder(text_encoder)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> str:
+    """Directory of a CLIP of 16 channels that reads letters, 8 positions."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["!", *letters, *(f"{letter}</w>" for letter in letters)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes["num_attention_heads"] = 4
+    text = {"vocab_size": len(words), "max_position_embeddings": 8, **sizes}
+    text |= {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
+    vision = {"image_size": 8, "patch_size": 4, **sizes}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_clip_states_of_all_positions(clip):
+    encoder = ClipText(clip)
+    assert encoder.shape == (8, 16)
+    texts = ["cat", "", "ABCDEFGHIJ"]
+    states = encoder.encode(texts)
+    assert states.shape == (3, 8, 16)
+    torch.testing.assert_close(states.mean(-1), torch.zeros(3, 8), atol=1e-5, rtol=0)  # normed
+    first, last = encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id
+    c, a, t = (encoder.tokenizer.get_vocab()[w] for w in ("c", "a", "t</w>"))
+    ids = torch.tensor([[first, c, a, t, last, 0, 0, 0]])
+    torch.testing.assert_close(states[:1], encoder._model(input_ids=ids).last_hidden_state)
+    torch.testing.assert_close(encoder.encode(["  Cat "]), states[:1])
+    assert encoder.tokenizer(texts[2], truncation=True, max_length=8).input_ids[-1] == last
+
+
+def test_what_is_no_clip_is_refused(clip, text_encoder, tmp_path):
+    with pytest.raises(UserError, match="of type t5, expected clip, as openai/clip-vit-large"):
+        ClipText(text_encoder)
+    with pytest.raises(UserError, match="no readable CLIP"):
+        ClipText(str(tmp_path))
+    broken = shutil.copytree(clip, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"x" * 99)
+    with pytest.raises(UserError, match="broken: no readable CLIP"):
+        ClipText(str(broken)).encode(["a cat"])

@@ -1,8 +1,10 @@
-"""Captions to features, by the encoder of a T5 (Raffel et al., 2020, arXiv:1910.10683).
+"""Captions to features, by the encoder of a T5 (Raffel et al., 2020, arXiv:1910.10683) or the text
+tower of a CLIP (Radford et al., 2021, arXiv:2103.00020).
 
 LlamaGen and its followers read captions through FLAN-T5-XL (Chung et al., 2022, arXiv:2210.11416):
-the last hidden states of google/flan-t5-xl, 120 tokens of 2048 channels. The model is transformers'
-and is never saved with a generator, which remembers its name alone.
+the last hidden states of google/flan-t5-xl, 120 tokens of 2048 channels. TA-TiTok's decoder reads
+CLIP's. The models are transformers' and are never saved with a generator, which
+remembers its encoder's name alone.
 """
 
 from collections.abc import Sequence
@@ -10,14 +12,78 @@ from functools import cached_property
 
 import safetensors
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from vistok.errors import UserError
 from vistok.generators import Captions, Generator
 from vistok.generators.conditions import CaptionCondition
 
 
-class TextEncoder:
-    """A frozen T5 encoder in float32 with its tokenizer; the weights are read at the first caption.
+class FrozenText:
+    """A frozen text model of transformers, float32, with its tokenizer; the weights are read at the
+    first caption. A subclass says which model it is.
+
+    Args:
+        path: directory or Hub repository of the model, as transformers saves it.
+        device: of the model and its features.
+
+    Raises `UserError` where transformers is not installed or `path` holds no such model.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    loader: str  # class of transformers
+    example: str
+
+    def __init__(self, path: str, device: torch.device | str = "cpu"):
+        try:
+            import transformers
+        except ImportError as error:
+            raise UserError(
+                f"text encoder {path}: needs transformers; pip install 'vistok[text]'"
+            ) from error
+        self.path, self.device = path, device
+        try:
+            config = transformers.AutoConfig.from_pretrained(path)
+            if config.model_type in self.model_types:
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, ImportError) as error:
+            raise self._unreadable(error) from error
+        if config.model_type not in self.model_types:
+            raise UserError(
+                f"text encoder {path}: holds a model of type {config.model_type}, expected "
+                f"{self.model_types[0]}, as {self.example} is"
+            )
+        self.config = config.get_text_config()
+
+    @cached_property
+    def _model(self):
+        import transformers
+
+        try:
+            model, info = getattr(transformers, self.loader).from_pretrained(
+                self.path, dtype=torch.float32, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+            raise self._unreadable(error) from error
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise UserError(
+                f"text encoder {self.path}: {len(missing)} tensor(s) are missing, as {missing[0]}"
+            )
+        return model.to(self.device).eval()
+
+    def _unreadable(self, error: Exception) -> UserError:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        return UserError(
+            f"text encoder {self.path}: no readable {self.name} ({reason}); expected a directory "
+            f"or Hub repository such as {self.example}"
+        )
+
+
+class TextEncoder(FrozenText):
+    """The encoder of a T5, for generators.
 
     Captions are put in lower case and freed of superfluous space. The published features come from
     captions that went through DeepFloyd's cleaner, too (addresses, markup, stray punctuation):
@@ -28,33 +94,18 @@ class TextEncoder:
         length: tokens to which captions are padded or cut.
         device: of the model and its features.
 
-    `dim` is the number of channels. Raises `UserError` where transformers is not installed or
-    `path` holds no T5.
+    `dim` is the number of channels.
     """
 
+    name, model_types, loader = "T5", ("t5",), "T5EncoderModel"
+    example = "google/flan-t5-xl"
+
     def __init__(self, path: str, length: int = 120, device: torch.device | str = "cpu"):
-        try:
-            import transformers
-        except ImportError as error:
-            raise UserError(
-                f"text encoder {path}: needs transformers; pip install 'vistok[text]'"
-            ) from error
         if length < 1:
             raise UserError(f"text encoder {path}: captions of {length} tokens, expected 1 or more")
-        self.path, self.length, self.device = path, length, device
-        try:
-            config = transformers.AutoConfig.from_pretrained(path)
-            if config.model_type == "t5":
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, ImportError) as error:
-            raise self._unreadable(error) from error
-        if config.model_type != "t5":
-            raise UserError(
-                f"text encoder {path}: holds a model of type {config.model_type}, expected t5, "
-                "as google/flan-t5-xl is"
-            )
+        super().__init__(path, device)
         self.tokenizer.padding_side = "right"
-        self.dim = config.d_model
+        self.length, self.dim = length, self.config.d_model
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Captions:
@@ -72,29 +123,32 @@ class TextEncoder:
         features = self._model(input_ids=tokens.input_ids, attention_mask=mask).last_hidden_state
         return Captions.left_padded(features, mask.sum(1))
 
-    @cached_property
-    def _model(self):
-        from transformers import T5EncoderModel
 
-        try:
-            model, info = T5EncoderModel.from_pretrained(
-                self.path, dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-            raise self._unreadable(error) from error
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise UserError(
-                f"text encoder {self.path}: {len(missing)} tensor(s) are missing, as {missing[0]}"
-            )
-        return model.to(self.device).eval()
+class ClipText(FrozenText):
+    """The text tower of a CLIP (Radford et al., 2021, arXiv:2103.00020), for tokenizers with a
+    `text_shape`: TA-TiTok reads openai/clip-vit-large-patch14-336.
 
-    def _unreadable(self, error: Exception) -> UserError:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        return UserError(
-            f"text encoder {self.path}: no readable T5 ({reason}); expected a directory or Hub "
-            "repository such as google/flan-t5-xl"
-        )
+    `shape` is (rows, channels) of the features of a caption, (77, 768) there.
+    """
+
+    name, model_types, loader = "CLIP", ("clip", "clip_text_model"), "CLIPTextModel"
+    example = "openai/clip-vit-large-patch14-336"
+
+    def __init__(self, path: str, device: torch.device | str = "cpu"):
+        super().__init__(path, device)
+        self.shape = (self.config.max_position_embeddings, self.config.hidden_size)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Float[Tensor, "b l c"]:
+        """Return the last hidden states of captions after the final norm, all positions; longer
+        captions are cut."""
+        tokens = self.tokenizer(list(captions), truncation=True, max_length=self.shape[0])
+        # OpenAI's tokenizer, by which the published features were made, pads with zeros and not, as
+        # that of transformers, with the token of the end; nothing is masked.
+        ids = torch.zeros(len(captions), self.shape[0], dtype=torch.int64)
+        for row, found in zip(ids, tokens.input_ids, strict=True):
+            row[: len(found)] = torch.tensor(found)
+        return self._model(input_ids=ids.to(self.device)).last_hidden_state
 
 
 def caption_shape(generator: Generator) -> tuple[int, int] | None:
