@@ -2,14 +2,17 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from torchvision.models import vgg16
+from torchvision.models import convnext_small, vgg16
 
 from vistok.errors import UserError
 from vistok.losses import (
     LPIPS,
+    ConvNeXtLogits,
+    LeCAM,
     PatchDiscriminator,
     ReconstructionLoss,
     StyleGANDiscriminator,
+    TiTokDiscriminator,
     TokenizerLoss,
 )
 from vistok.losses import adversarial as gan
@@ -32,6 +35,19 @@ def vgg_file(tmp_path_factory):
     torch.manual_seed(0)
     features = vgg16().features.state_dict()
     torch.save({f"features.{name}": t for name, t in features.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def convnext_file(tmp_path_factory):
+    """Random weights in the layout of torchvision's file."""
+    path = tmp_path_factory.mktemp("convnext") / "convnext_small.pth"
+    with torch.device("meta"):
+        tensors = convnext_small().state_dict()
+    generator = torch.Generator().manual_seed(0)
+    torch.save(
+        {k: 0.1 * torch.randn(t.shape, generator=generator) for k, t in tensors.items()}, path
+    )
     return path
 
 
@@ -82,6 +98,29 @@ def test_lpips_refuses_what_is_not_vgg(tmp_path):
         LPIPS(tmp_path / "other.pth")
 
 
+def test_convnext_is_a_frozen_distance_of_scores(convnext_file, images):
+    x, y = images
+    distance = ConvNeXtLogits(convnext_file).train()
+    assert not any(p.requires_grad for p in distance.parameters())
+    assert not distance.net.training
+    found = distance(x, y)
+    expected = (distance.logits(x) - distance.logits(y)).square().mean(1)
+    torch.testing.assert_close(found, expected)
+    assert distance.logits(x).shape == (2, 1000)
+    assert (found > 0).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(found, distance(x, y))
+    found.sum().backward()
+    assert y.grad.abs().sum() > 0
+
+
+def test_convnext_refuses_what_is_not_convnext(vgg_file, tmp_path):
+    with pytest.raises(UserError, match=r"put torchvision's convnext_small-0c510722\.pth there"):
+        TokenizerLoss(convnext_weight=0.1, convnext_weights=tmp_path / "absent.pth")
+    with pytest.raises(UserError, match="does not hold ConvNeXt-S"):
+        ConvNeXtLogits(vgg_file)
+
+
 def test_patch_discriminator_is_the_published_one():
     discriminator = PatchDiscriminator()
     assert sum(p.numel() for p in discriminator.parameters()) == 2_765_633
@@ -107,6 +146,34 @@ def test_stylegan_sides_are_powers_of_two():
     for side in (2, 48):
         with pytest.raises(UserError, match=f"image_size {side} must be a power of two"):
             StyleGANDiscriminator(side)
+
+
+def test_titok_discriminator_is_the_published_one():
+    discriminator = TiTokDiscriminator()
+    widths = [block[0].out_channels for block in discriminator.blocks]
+    assert widths == [128, 256, 512]
+    assert sum(p.numel() for p in discriminator.parameters()) == 1_909_889
+    for side in (256, 100, 5):
+        assert discriminator(torch.rand(1, 3, side, side + 1)).shape == (1, 1, 16, 16)
+    with pytest.raises(UserError, match="48 channels, expected a multiple of 32"):
+        TiTokDiscriminator(48)
+    with pytest.raises(UserError, match="num_stages 0"):
+        TiTokDiscriminator(num_stages=0)
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 6, 9])
+def test_halving_blur_pads_as_tensorflow_does(side):
+    """Zeros in all for ceil(n / 2) windows of 4, the odd one at the end."""
+    x = torch.rand(1, 1, side, side)
+    half = -(-side // 2)
+    zeros = max(0, (half - 1) * 2 + 4 - side)
+    padded = torch.nn.functional.pad(x, (zeros // 2, zeros - zeros // 2) * 2)
+    taps = torch.tensor([1.0, 3, 3, 1]) / 8
+    windows = padded.unfold(2, 4, 2).unfold(3, 4, 2)
+    expected = torch.einsum("bchwij,i,j->bchw", windows, taps, taps)
+    blurred = gan.HalvingBlur()(x)
+    assert blurred.shape[-2:] == (half, half)
+    torch.testing.assert_close(blurred, expected)
 
 
 def test_blur_keeps_constants_and_spreads_points():
@@ -160,6 +227,20 @@ def test_adaptive_weight_balances_gradients():
     torch.testing.assert_close(weight, torch.tensor(0.25), rtol=1e-4, atol=0)
 
 
+def test_lecam_averages_and_penalises_what_leaves_them():
+    lecam = LeCAM(decay=0.75)
+    real, fake = torch.full((4,), 2.0), torch.full((4,), -2.0, requires_grad=True)
+    assert lecam(real, fake) == 8
+    assert lecam(fake, real) == 0, "nearer than the averages"
+    lecam.update(real, fake)
+    assert (lecam.real, lecam.fake) == (0.5, -0.5)
+    torch.testing.assert_close(lecam(real, fake), torch.tensor(2 * 2.5**2))
+    lecam(real, fake).backward()
+    assert (fake.grad < 0).all()
+    lecam.update(torch.tensor([float("nan"), 1.0]), torch.tensor([float("inf"), 1.0]))
+    assert (lecam.real, lecam.fake) == (0.5, -0.5)
+
+
 def adversarial_loss(**kwargs):
     settings = {"adversarial_weight": 0.5, "adversarial_start": 10}
     return TokenizerLoss(**settings, **{"discriminator": PatchDiscriminator(4)} | kwargs)
@@ -175,6 +256,15 @@ def test_total_is_the_sum_of_its_terms(vgg_file, images):
     torch.testing.assert_close(total, sum(terms.values()))
     torch.testing.assert_close(terms["reconstruction"], (x - y).square().mean())
     assert not any(t.requires_grad for t in terms.values())
+
+
+def test_convnext_counts_beside_lpips(convnext_file, images):
+    x, y = images
+    loss = TokenizerLoss(convnext_weight=0.2, convnext_weights=convnext_file)
+    total, terms = loss.generator_loss(x, Result(y), 0, None)
+    torch.testing.assert_close(terms["convnext"], 0.2 * loss.convnext(x, y).mean().detach())
+    torch.testing.assert_close(total, sum(terms.values()))
+    assert set(loss.frozen) == {"convnext"}
 
 
 def test_generator_pass_spares_the_discriminator(images):
@@ -197,6 +287,24 @@ def test_adversary_waits_for_its_start(images):
     assert "adversarial" not in loss.generator_loss(x, Result(y), 9, layer)[1]
     assert loss.discriminator_loss(x, y, 9)[0] == 0
     assert loss.discriminator_loss(x, y, 10)[0] > 0
+
+
+def test_lecam_joins_from_the_start_and_is_saved_with_the_discriminator(images):
+    x, y = images
+    loss = adversarial_loss(
+        lecam_weight=0.5, lecam_decay=0.9, discriminator=TiTokDiscriminator(32, 1)
+    )
+    before = loss.discriminator_loss(x, y, 9)
+    assert before[0] == 0
+    assert "lecam" not in before[1]
+    assert loss.discriminator.lecam.real == 0
+    total, terms = loss.discriminator_loss(x, y, 10)
+    hinge = gan.discriminator_loss(loss.discriminator(x), loss.discriminator(y))
+    torch.testing.assert_close(total, hinge + terms["lecam"])
+    state = loss.discriminator.state_dict()
+    torch.testing.assert_close(state["lecam.real"], 0.1 * terms["logits_real"])
+    torch.testing.assert_close(state["lecam.fake"], 0.1 * terms["logits_fake"])
+    assert not hasattr(adversarial_loss().discriminator, "lecam")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +334,13 @@ def test_losses_take_their_forms(images):
     torch.testing.assert_close(terms["adversarial"], expected.detach())
     total = loss.discriminator_loss(x, y, 10)[0]
     torch.testing.assert_close(total, 0.25 * gan.discriminator_loss(real, fake, "vanilla"))
+
+
+def test_feature_term_counts_up_to_its_step(images):
+    result = Result(images[1], {"feature": torch.tensor(0.7)})
+    for until, counted in ((None, True), (11, True), (10, False)):
+        loss = TokenizerLoss(feature_until=until)
+        assert ("feature" in loss.generator_loss(images[0], result, 10, None)[1]) == counted
 
 
 def test_without_reconstruction_the_tokenizers_own_losses_are_all(images):

@@ -76,6 +76,7 @@ def adversarial_loss() -> TokenizerLoss:
         adversarial_start=2,
         adaptive=True,
         discriminator=PatchDiscriminator(4, 1),
+        lecam_weight=0.001,
     )
 
 

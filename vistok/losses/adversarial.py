@@ -1,5 +1,5 @@
-"""The adversaries of VQGAN (Esser et al., 2021, arXiv:2012.09841) and LlamaGen (Sun et al., 2024,
-arXiv:2406.06525), and the losses of both sides."""
+"""The adversaries of VQGAN (Esser et al., 2021, arXiv:2012.09841), LlamaGen (Sun et al., 2024,
+arXiv:2406.06525) and TiTok (Yu et al., 2024, arXiv:2406.07550), and the losses of both sides."""
 
 import math
 from itertools import pairwise
@@ -131,9 +131,71 @@ class Blur(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         kernel = torch.outer(self.f, self.f) / self.f.sum().square()
-        channels = x.shape[1]
-        padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
-        return F.conv2d(padded, kernel.to(x.dtype).expand(channels, 1, 3, 3), groups=channels)
+        return _blurred(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel)
+
+
+class TiTokDiscriminator(Discriminator):
+    """Judges images of any size on a grid of 16x16 overlapping regions.
+
+    Args:
+        channels: width of the first stage, a multiple of 32; each further stage doubles it.
+        num_stages: convolutions, each of which a blur halves.
+    """
+
+    def __init__(self, channels: int = 128, num_stages: int = 3):
+        super().__init__()
+        if channels < 32 or channels % 32:
+            raise UserError(
+                f"TiTokDiscriminator: {channels} channels, expected a multiple of 32, the groups "
+                "of its normalisation"
+            )
+        if num_stages < 1:
+            raise UserError(f"TiTokDiscriminator: num_stages {num_stages}, expected 1 or more")
+        widths = [channels, *(channels * 2**n for n in range(num_stages))]
+        self.block_in = nn.Sequential(nn.Conv2d(3, channels, 5, padding=2), nn.LeakyReLU(0.1))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(before, after, 3, padding=1),
+                HalvingBlur(),
+                nn.GroupNorm(32, after),
+                nn.LeakyReLU(0.1),
+            )
+            for before, after in pairwise(widths)
+        )
+        self.pool = nn.AdaptiveMaxPool2d(16)
+        self.to_logits = nn.Sequential(
+            nn.Conv2d(widths[-1], widths[-1], 1),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(widths[-1], 1, 5, padding=2),
+        )
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 16 16"]:
+        x = self.block_in(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.to_logits(self.pool(x))
+
+
+class HalvingBlur(nn.Module):
+    """Every other pixel of each channel blurred by the outer product of (1, 3, 3, 1) / 8 with
+    itself. Borders are zeros: one line on each side, and a second one right or below odd sides."""
+
+    def __init__(self):
+        super().__init__()
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
+        self.register_buffer("kernel", (torch.outer(taps, taps) / 64)[None, None])
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
+        height, width = x.shape[-2:]
+        padded = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2))
+        return _blurred(padded, self.kernel[0, 0], stride=2)
+
+
+def _blurred(x: Float[Tensor, "b c h w"], kernel: Float[Tensor, "k k"], stride: int = 1) -> Tensor:
+    """Return each channel convolved with the one kernel."""
+    channels = x.shape[1]
+    kernels = kernel.to(x.dtype).expand(channels, 1, *kernel.shape)
+    return F.conv2d(x, kernels, stride=stride, groups=channels)
 
 
 def generator_loss(
