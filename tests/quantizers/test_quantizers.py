@@ -125,7 +125,7 @@ def test_vq_losses_and_gradients():
 @pytest.mark.parametrize("l2_normalise", [True, False])
 def test_vq_rotates_the_gradient(l2_normalise):
     torch.manual_seed(0)
-    quantizer = spread(VQ(9, 4, l2_normalise, commitment=0, codebook_weight=0, rotation=True))
+    quantizer = spread(VQ(9, 4, l2_normalise, commitment=0.0, rotation=True))
     latents = torch.randn(6, 4, requires_grad=True)
     upstream = torch.randn(6, 4)
     result = quantizer(latents)

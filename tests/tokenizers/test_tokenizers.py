@@ -4,7 +4,17 @@ import torch
 from vistok import tokenizers
 from vistok.errors import CheckpointError, UserError
 from vistok.quantizers import FSQ, VQ
-from vistok.tokenizers import LARP, ConvTokenizer, QuantizedTokenizer, TiTok, Tokenizer
+from vistok.tokenizers import (
+    LARP,
+    ConvTokenizer,
+    MaskGITVQGAN,
+    QuantizedTokenizer,
+    ReTok,
+    TiTok,
+    Tokenizer,
+    TokenizerOutput,
+    TwoStageTiTok,
+)
 
 VIT = {
     "encoder_width": 24,
@@ -15,6 +25,17 @@ VIT = {
     "decoder_heads": 4,
 }
 CONV = {"channels": 8, "num_res_blocks": 1, "z_channels": 12}
+PROXY = {
+    "image_size": 16,
+    "patch_size": 8,
+    "decoder_patch_size": 4,
+    "num_latent_tokens": 5,
+    "num_proxy_codes": 32,
+    "vqgan_channels": 8,
+    "vqgan_channel_multipliers": (1, 2, 1),
+    "vqgan_res_blocks": 1,
+    "vqgan_dim": 6,
+}
 
 TOKENIZERS = {
     "conv": lambda q: ConvTokenizer(q, 16, channel_multipliers=(1, 2, 3), **CONV),
@@ -23,6 +44,13 @@ TOKENIZERS = {
     ),
     "titok": lambda q: TiTok(q, 16, 4, num_latent_tokens=5, decoder_patch_size=8, **VIT),
     "titok-stem": lambda q: TiTok(q, 16, 4, num_latent_tokens=5, stem_channels=8, **VIT),
+    "titok-taildrop": lambda q: TiTok(
+        q, 16, 4, num_latent_tokens=5, tail_drop="uniform(sample)", **VIT
+    ),
+    "maskgit-vqgan": lambda q: MaskGITVQGAN(q, (16, 24), 8, (1, 2, 2), num_res_blocks=1),
+    "titok-stage-1": lambda q: TwoStageTiTok(q, 1, **PROXY, **VIT),
+    "titok-stage-2": lambda q: TwoStageTiTok(q, 2, **PROXY, **VIT),
+    "retok": lambda q: ReTok(q, 16, 8, 6, channel_multipliers=(1, 2), **VIT, **CONV),
     "larp": lambda q: LARP(q, 4, (16, 24), (2, 4, 8), (1, 8, 8), token_shape=(2, 3, 2), **VIT),
 }
 QUANTIZERS = {
@@ -43,6 +71,11 @@ def images(tokenizer):
     return torch.rand(3, *tokenizer.input_shape)
 
 
+def loss_of(output: TokenizerOutput) -> torch.Tensor:
+    compared = output.reconstruction
+    return sum(output.losses.values(), 0 if compared is None else compared.square().mean())
+
+
 def test_every_exported_tokenizer_is_tried():
     exported = (getattr(tokenizers, name) for name in tokenizers.__all__)
     concrete = {
@@ -61,17 +94,20 @@ def test_round_trip_is_the_forward_pass(tokenizer, images):
     assert torch.equal(output.tokens, tokens)
     decoded = tokenizer.decode(tokens)
     assert decoded.shape == images.shape
-    torch.testing.assert_close(decoded, output.reconstruction.clamp(0, 1))
+    if output.reconstruction is not None:
+        torch.testing.assert_close(decoded, output.reconstruction.clamp(0, 1))
 
 
 def test_training_step_reaches_every_parameter(tokenizer, images):
     output = tokenizer(images)
-    (output.reconstruction.square().mean() + sum(output.losses.values())).backward()
-    without = [name for name, p in tokenizer.named_parameters() if p.grad is None]
+    loss_of(output).backward()
+    trained = {name: p for name, p in tokenizer.named_parameters() if p.requires_grad}
+    without = [name for name, p in trained.items() if p.grad is None]
     assert without == []
     assert tokenizer.last_layer.grad.abs().sum() > 0
     first = next(tokenizer.encoder.parameters())
-    assert first.grad.abs().sum() > 0, "the gradient passes the quantizer"
+    if first.requires_grad:
+        assert first.grad.abs().sum() > 0, "the gradient passes the quantizer"
     tokenizer.update_codebook(output.latents)
     assert all(p.isfinite().all() for p in tokenizer.parameters())
 
@@ -89,10 +125,10 @@ def test_save_and_load(tokenizer, images, tmp_path):
 def test_bfloat16(tokenizer, images):
     with torch.autocast("cpu", torch.bfloat16):
         output = tokenizer(images)
-        loss = output.reconstruction.mean() + sum(output.losses.values())
+        loss = loss_of(output)
     loss.backward()
-    assert output.reconstruction.dtype == torch.float32
-    assert all(p.grad.isfinite().all() for p in tokenizer.parameters())
+    assert loss.dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in tokenizer.parameters() if p.requires_grad)
     tokenizer.eval().bfloat16()
     decoded = tokenizer.decode(tokenizer.encode(images))
     assert decoded.dtype == torch.float32
@@ -104,7 +140,7 @@ def test_refuses_images_and_tokens_of_another_shape(tokenizer):
     with pytest.raises(UserError, match=f"expected \\(B, {', '.join(map(str, size))}, {width}\\)"):
         tokenizer.encode(torch.rand(1, *size, width + 1))
     with pytest.raises(UserError, match="expected"):
-        tokenizer.decode(torch.zeros(1, 2, dtype=torch.int64))
+        tokenizer.decode(torch.zeros(1, 99, dtype=torch.int64))
 
 
 def test_conv_weights_serve_any_image_size(tmp_path):

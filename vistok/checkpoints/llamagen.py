@@ -27,7 +27,7 @@ RULES = (
     (r"\.attention\.wo\.", ".attention.out."),
     (r"\.feed_forward\.w2\.", ".feed_forward.out."),
     (r"\.ffn_norm\.", ".feed_forward_norm."),
-    (r"^abs_pe$", "position_table"),
+    (r"^(abs_pe|positional_embedding)$", "position_table"),
 )
 # Norm and matrix of each head: of LlamaGen and PAR, of NAR on images, of NAR on videos.
 HEADS = {
@@ -49,6 +49,7 @@ def convert(weights: Weights, where: str = "weights", **options: Any) -> LlamaGe
 def generator(
     weights: Weights,
     shape: Sequence[int] = (16, 16),
+    ordered: bool = False,
     num_heads: int | None = None,
     class_names: Sequence[str] | None = None,
     null_class: bool = True,
@@ -62,6 +63,7 @@ def generator(
         weights: the tensors under their published names.
         shape: of the tokens, which the file does not tell: (16, 16) for models of 256 pixels,
             (24, 24) for 384, (32, 32) for 512, (4, 16, 16) for videos.
+        ordered: whether the tokens are a sequence of which any first ones decode.
         num_heads: attention heads; None for those of the published model of this width.
         class_names: in the order of the labels; None for ImageNet's or numbers.
         null_class: whether the last class of the table is the null class.
@@ -107,7 +109,7 @@ def generator(
         length, channels = weights["condition.null_features"].shape
         arguments |= {"caption_dim": channels, "caption_length": length}
     if "position_table" in weights:
-        table = weights.pop("position_table")[0]
+        table = weights.pop("position_table").reshape(-1, dim)
         fixed = sincos_table(torch.arange(len(table)), dim)
         arguments["positions"] = "fixed" if torch.allclose(table, fixed, atol=1e-5) else "learned"
         if arguments["positions"] == "learned":
@@ -120,7 +122,7 @@ def generator(
     elif "placeholders.weight" in weights:
         family = PAR
         arguments["regions"] = len(weights["placeholders.weight"]) + 1
-    spec = TokenSpec.ids(tuple(shape), vocab_size)
+    spec = TokenSpec.ids(tuple(shape), vocab_size, ordered)
     model = family(spec, list(class_names or names_of(rows - 1)), **arguments)
     load(model, weights, where)
     return model

@@ -1,15 +1,17 @@
 """The tokenizers of ReToK (2026, official code of zfu006/ReTok) and of GigaTok (Xiong et al., 2025,
-arXiv:2504.08736): `VQ_SB256_e250.pt` and the like. Their generators are LlamaGen's; see
-`llamagen.generator`."""
+arXiv:2504.08736), `VQ_SB256_e250.pt` and the like, and the transformers over their tokens, which
+are LlamaGen's with learned positions: `GPT_XL256_e300_VQ_SB.pt`."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from vistok.checkpoints import llamagen
 from vistok.checkpoints.files import Weights, load, rename
 from vistok.checkpoints.llamagen_vq import conv_sizes, count_of
 from vistok.errors import CheckpointError
+from vistok.generators import LlamaGen
 from vistok.quantizers import VQ
 from vistok.tokenizers import ReTok
 
@@ -38,6 +40,13 @@ POINTWISE = ("quant_proj.weight", "post_quant_proj.weight", "to_tokens.proj_out.
 TABLES = [
     f"{part}.{rows}_positions" for part in ("to_tokens", "to_grid") for rows in ("memory", "query")
 ]
+
+
+def convert(weights: Weights, where: str = "weights", **options: Any) -> ReTok | LlamaGen:
+    """Return the tokenizer or the transformer that has these weights; see `tokenizer` and
+    `generator` for the options of each."""
+    is_tokenizer = "quantize.embedding.weight" in weights
+    return (tokenizer if is_tokenizer else generator)(weights, where=where, **options)
 
 
 def tokenizer(
@@ -114,3 +123,24 @@ def tokenizer(
     )
     load(model, weights, where)
     return model
+
+
+def generator(
+    weights: Weights, ordered: bool = True, where: str = "weights", **options: Any
+) -> LlamaGen:
+    """Return the transformer that has these weights, as long as its table of positions.
+
+    Args:
+        weights: the tensors under their published names.
+        ordered: whether any first tokens decode, as ReToK's; False for GigaTok's.
+        where: what errors are about, as the file that was read.
+        options: see `llamagen.generator`.
+
+    Raises `CheckpointError` if a tensor is missing, superfluous or of another shape.
+    """
+    if "positional_embedding" not in weights:
+        raise CheckpointError(
+            f"{where}: has no positional_embedding, as a transformer of ReToK has"
+        )
+    length = weights["positional_embedding"].shape[-2] - 1
+    return llamagen.generator(weights, (length,), ordered, where=where, **options)
