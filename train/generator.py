@@ -207,6 +207,7 @@ def main(
         for step, batches in progress.steps(loader, accumulation):
             lr = optimizer.learning_rate(step, num_steps)
             set_learning_rate(adam, lr)
+            net.set_progress(step / num_steps)
             seen = []
             for batch in accumulate(accelerator, model, batches):
                 result = model(tokens_of(batch), condition_of(batch))

@@ -21,7 +21,7 @@ _MODULES = {
         "TwoStageTiTok",
     ],
     "vistok.heads": ["CategoricalHead"],
-    "vistok.generators": ["NAR", "PAR", "Captions", "Generator", "LlamaGen", "MaskGIT"],
+    "vistok.generators": ["NAR", "PAR", "RAR", "Captions", "Generator", "LlamaGen", "MaskGIT"],
     "vistok.decoding": ["Noise", "Order", "Plan", "Schedule", "decode"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -6,10 +6,12 @@ from vistok.generators.llamagen import LlamaGen
 from vistok.generators.maskgit import MaskGIT
 from vistok.generators.nar import NAR
 from vistok.generators.par import PAR
+from vistok.generators.rar import RAR
 
 __all__ = [
     "NAR",
     "PAR",
+    "RAR",
     "Captions",
     "Condition",
     "Generator",

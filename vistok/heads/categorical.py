@@ -31,7 +31,7 @@ class CategoricalHead(Head):
     ) -> Float[Tensor, "b s"]:
         return cross_entropy(self.logits(hidden).transpose(1, 2), target, reduction="none")
 
-    def draw_noise(self, noise: Noise, num_tokens: int) -> Float[Tensor, "b n"]:
+    def draw_noise(self, noise: Noise, num_tokens: int) -> Float[Tensor, "b n *v"]:
         return noise.uniform(num_tokens)
 
     def sample(
@@ -39,7 +39,7 @@ class CategoricalHead(Head):
         hidden: Float[Tensor, "b s d"],
         null: Float[Tensor, "b s d"] | None,
         scale: float,
-        noise: Float[Tensor, "b s"],
+        noise: Float[Tensor, "b s *v"],
         sampling: Sampling,
         budget: int = 1,
     ) -> Int64[Tensor, "b s"]:

@@ -24,9 +24,10 @@ def fused_flex_attention():
 
 class Attention(nn.Module):
     """Multi-head attention with rotary positions and, where `num_kv_heads` is smaller, grouped
-    keys and values (Ainslie et al., 2023). No biases. `qk_norm` normalises queries and keys over a
-    head before they are turned (Dehghani et al., 2023, arXiv:2302.05442); `scale` multiplies their
-    products, by default by one over the root of the head's width."""
+    keys and values (Ainslie et al., 2023). By default no biases. `qk_norm` normalises queries and
+    keys over a head before they are turned (Dehghani et al., 2023, arXiv:2302.05442); `scale`
+    multiplies their products, by default by one over the root of the head's width;
+    `weight_dropout` is of the attention weights, in training."""
 
     def __init__(
         self,
@@ -36,12 +37,14 @@ class Attention(nn.Module):
         dropout: float,
         qk_norm: Norm | None = None,
         scale: float | None = None,
+        bias: bool = False,
+        weight_dropout: float = 0.0,
     ):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
-        self.qkv = Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim)
-        self.out = Linear(num_heads * self.head_dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.qkv = Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias)
+        self.out = Linear(num_heads * self.head_dim, dim, bias)
+        self.dropout, self.weight_dropout = nn.Dropout(dropout), weight_dropout
         self.q_norm = qk_norm(self.head_dim) if qk_norm else None
         self.k_norm = qk_norm(self.head_dim) if qk_norm else None
         self.scale = scale
@@ -81,6 +84,7 @@ class Attention(nn.Module):
                 key,
                 value,
                 attn_mask=mask,
+                dropout_p=self.weight_dropout if self.training else 0.0,
                 is_causal=is_causal,
                 scale=self.scale,
                 enable_gqa=grouped,
