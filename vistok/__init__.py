@@ -14,6 +14,7 @@ _MODULES = {
         "ConvTokenizer",
         "FlexTok",
         "KLAutoencoder",
+        "KLTokenizer",
         "MaskGITVQGAN",
         "ReTok",
         "TiTok",

@@ -1,5 +1,5 @@
-"""FlexTok (Bachmann et al., 2025, arXiv:2502.13967): the published tokenizers, and the
-class-conditional generators of their tokens.
+"""FlexTok (Bachmann et al., 2025, arXiv:2502.13967): the published tokenizers, the autoencoders in
+whose latents they draw, and the class-conditional generators of their tokens.
 
 A file holds its tensors flat, the frozen autoencoder's among them. Generators of captions and
 those of a grid of codes (GridTok) have other parts and are not read.
@@ -15,9 +15,8 @@ from vistok.checkpoints.files import Weights, load, rename
 from vistok.checkpoints.llamagen import names_of
 from vistok.errors import CheckpointError
 from vistok.generators import LlamaGen
-from vistok.quantizers import FSQ
-from vistok.tokenizers import FlexTok
-from vistok.tokenizers.kl import KLAutoencoder
+from vistok.quantizers import FSQ, Gaussian
+from vistok.tokenizers import FlexTok, KLAutoencoder, KLTokenizer
 from vistok.tokens import TokenSpec
 
 LEVELS = (8, 8, 8, 5, 5, 5)
@@ -60,6 +59,17 @@ GENERATOR = (
     (r"\.norm_2\.", ".feed_forward_norm."),
     *BLOCKS,
 )
+
+
+def convert(
+    weights: Weights, where: str = "weights", **options: Any
+) -> FlexTok | KLTokenizer | LlamaGen:
+    """Return the tokenizer, the autoencoder or the generator that has these weights; see
+    `tokenizer`, `kl_tokenizer` and `generator` for the options of each."""
+    if any(name.startswith("models.ar_image_model.") for name in weights):
+        return generator(weights, where=where, **options)
+    is_alone = "post_quant_conv.weight" in weights
+    return (kl_tokenizer if is_alone else tokenizer)(weights, where=where, **options)
 
 
 def tokenizer(
@@ -115,6 +125,27 @@ def tokenizer(
     except (KeyError, IndexError, RuntimeError) as error:
         raise CheckpointError(f"{where}: not a FlexTok ({error})") from error
     model = FlexTok(FSQ(list(levels)), vae, patch_size=patch_size, **sizes, **arguments)
+    load(model, weights, where)
+    return model
+
+
+def kl_tokenizer(
+    weights: Weights,
+    image_size: int | Sequence[int] = 256,
+    scaling_factor: float = 1.0,
+    norm_groups: int = 32,
+    where: str = "weights",
+) -> KLTokenizer:
+    """Return the autoencoder of diffusers' `AutoencoderKL` that has these weights; for the
+    arguments see `tokenizer`."""
+    weights = {f"vae.vae.{name}": tensor for name, tensor in weights.items()}
+    try:
+        vae = autoencoder(weights, scaling_factor, norm_groups)
+    except KeyError as error:
+        raise CheckpointError(f"{where}: not an AutoencoderKL ({error})") from error
+    if vae is None:
+        raise CheckpointError(f"{where}: not an AutoencoderKL (no down blocks)")
+    model = KLTokenizer(Gaussian(vae.latent_channels), vae, image_size)
     load(model, weights, where)
     return model
 

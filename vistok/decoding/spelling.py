@@ -9,7 +9,7 @@ from vistok.errors import UserError, suggestion
 def read_call(text: str, what: str, names: Iterable[str]) -> tuple[str, list[str]]:
     """Split `name(a,b)` into its name and arguments; a bare name has none. Raises `UserError`,
     which calls the thing `what`, for another form or a name that is not among `names`."""
-    match = re.fullmatch(r"\s*([a-z_]+)\s*(?:\(([^()]*)\))?\s*", text)
+    match = re.fullmatch(r"\s*([a-z][a-z_0-9]*)\s*(?:\(([^()]*)\))?\s*", text)
     if not match:
         raise UserError(f"{what} '{text}' has not the form 'name' or 'name(1,2)'")
     name, inside = match.groups()

@@ -235,7 +235,9 @@ _layer_norm = partial(nn.LayerNorm, eps=1e-5, elementwise_affine=False)
 
 
 def _trained_rows(*shape: int) -> nn.Parameter:
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
+    rows = nn.Parameter(torch.empty(shape))
+    nn.init.trunc_normal_(rows, std=0.02)
+    return rows
 
 
 def _initialise(*modules: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from vistok.tokenizers.base import QuantizedTokenizer, Tokenizer, TokenizerOutput
 from vistok.tokenizers.conv import ConvTokenizer
 from vistok.tokenizers.flextok import FlexTok
-from vistok.tokenizers.kl import KLAutoencoder
+from vistok.tokenizers.kl import KLAutoencoder, KLTokenizer
 from vistok.tokenizers.larp import LARP
 from vistok.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from vistok.tokenizers.retok import ReTok
@@ -15,6 +15,7 @@ __all__ = [
     "ConvTokenizer",
     "FlexTok",
     "KLAutoencoder",
+    "KLTokenizer",
     "MaskGITVQGAN",
     "QuantizedTokenizer",
     "ReTok",

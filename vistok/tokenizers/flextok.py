@@ -20,8 +20,8 @@ from vistok.layers.registers import FlowDecoder, MaskMode, RegisterEncoder
 from vistok.losses.flow import FlowTimes, flow_loss, noised
 from vistok.models import register_to_config
 from vistok.quantizers import Quantizer
-from vistok.tokenizers.base import QuantizedTokenizer, TokenizerOutput
-from vistok.tokenizers.kl import KLAutoencoder
+from vistok.tokenizers.base import QuantizedTokenizer, Tokenizer, TokenizerOutput
+from vistok.tokenizers.kl import KLAutoencoder, KLTokenizer
 from vistok.tokenizers.sequence import Lengths, TailDrop, kept_of
 
 
@@ -234,6 +234,14 @@ class FlexTok(QuantizedTokenizer):
             features=self.projection(features) if self.projection else features,
             kept=None if share is None else share.expand(batch),
         )
+
+    def start_from(self, other: Tokenizer) -> None:
+        """Take the autoencoder of a `KLTokenizer`, or all weights of a FlexTok."""
+        if not isinstance(other, KLTokenizer):
+            super().start_from(other)
+            return
+        weights = {k: v for k, v in self.state_dict().items() if not k.startswith("vae.")}
+        self.take_over(weights | other.state_dict(), "KLTokenizer")
 
     @property
     def last_layer(self) -> nn.Parameter:

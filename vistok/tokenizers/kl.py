@@ -1,14 +1,18 @@
 """The KL autoencoder of latent diffusion (Rombach et al., 2021, arXiv:2112.10752, section 3.1), in
 diffusers' form."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKL
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from vistok.errors import UserError
 from vistok.models import Component, register_to_config
+from vistok.quantizers import Gaussian
+from vistok.tokenizers.base import QuantizedTokenizer, TokenizerOutput
 
 
 class KLAutoencoder(Component):
@@ -64,3 +68,53 @@ class KLAutoencoder(Component):
     @property
     def dtype(self) -> torch.dtype:
         return self.vae.post_quant_conv.weight.dtype
+
+
+class KLTokenizer(QuantizedTokenizer):
+    """Images to the scaled latents of the autoencoder, one per square of pixels; what other
+    tokenizers draw in, trained on its own.
+
+    Training logs the deviation of the latents: one over it is the `scaling_factor` to go on with.
+
+    Args:
+        quantizer: the bottleneck, of as many channels as the autoencoder's latents.
+        vae: the autoencoder.
+        image_size: pixels of a side, or (height, width).
+    """
+
+    @register_to_config
+    def __init__(
+        self, quantizer: Gaussian, vae: KLAutoencoder, image_size: int | Sequence[int] = 256
+    ):
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if height % vae.factor or width % vae.factor or quantizer.dim != vae.latent_channels:
+            raise UserError(
+                f"KLTokenizer: image_size {height}x{width} must be divisible by {vae.factor}, and "
+                f"the quantizer have the autoencoder's {vae.latent_channels} channels, not "
+                f"{quantizer.dim}"
+            )
+        self.image_size = (height, width)
+        self.spec = quantizer.spec((height // vae.factor, width // vae.factor))
+        self.quantizer = quantizer
+        self.vae = vae
+
+    def to_latents(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b gh gw m"]:
+        mean, log_variance = self.vae.moments(images).chunk(2, dim=1)
+        scale = self.vae.scaling_factor
+        moments = torch.cat([mean * scale, log_variance + 2 * math.log(scale)], dim=1)
+        return moments.permute(0, 2, 3, 1)
+
+    def to_images(self, latents: Float[Tensor, "b gh gw d"]) -> Float[Tensor, "b 3 h w"]:
+        return self.vae.decode(latents.permute(0, 3, 1, 2))
+
+    def forward(
+        self, images: Float[Tensor, "b 3 h w"], text: Float[Tensor, "b l c"] | None = None
+    ) -> TokenizerOutput:
+        result = super().forward(images)
+        result.usage["deviation"] = result.tokens.std()
+        return result
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.vae.vae.decoder.conv_out.weight
