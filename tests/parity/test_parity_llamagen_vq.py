@@ -5,20 +5,18 @@ import json
 import os
 from pathlib import Path
 
-import lpips
 import pytest
 import torch
 import torch.nn.functional as F
+from narrow import narrow_lpips
 from PIL import Image
 from safetensors.torch import load_file
-from torch import nn
 
 from vistok.checkpoints import llamagen_vq
 from vistok.checkpoints.files import load, rename
 from vistok.data import Transform, to_uint8
 from vistok.data.transforms import adm_center_crop, to_float
 from vistok.losses import (
-    LPIPS,
     PatchDiscriminator,
     ReconstructionLoss,
     StyleGANDiscriminator,
@@ -239,20 +237,3 @@ def discriminator_of(weights, settings):
         )
     load(network, weights, "discriminator")
     return network
-
-
-def narrow_lpips(weights):
-    """Return our LPIPS around the package's network with convolutions of the case's widths."""
-    with torch.device("meta"):
-        net = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
-    net.scaling_layer = type(net.scaling_layer)()
-    for name, module in net.named_modules():
-        if isinstance(module, nn.Conv2d):
-            module.weight = nn.Parameter(weights.pop(f"{name}.weight").float())
-            if module.bias is not None:
-                module.bias = nn.Parameter(weights.pop(f"{name}.bias").float())
-    assert not weights
-    perceptual = LPIPS.__new__(LPIPS)
-    nn.Module.__init__(perceptual)
-    perceptual.net = net
-    return perceptual.requires_grad_(False).eval()
