@@ -34,6 +34,13 @@ def test_vectors_have_no_weight_decay():
         adamw(model.requires_grad_(False), OptimizerConfig())
 
 
+def test_named_matrices_have_no_weight_decay():
+    model = nn.ModuleDict({"embed": nn.Linear(3, 2), "out": nn.Linear(2, 3)})
+    decayed, plain = adamw(model, OptimizerConfig(no_decay=("embed",))).param_groups
+    assert decayed["params"] == [model["out"].weight]
+    assert len(plain["params"]) == 3
+
+
 def test_average_follows_its_formula_and_copies_buffers():
     model = nn.BatchNorm1d(3)
     ema = EMA(model, decay=0.5)

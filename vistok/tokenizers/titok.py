@@ -68,11 +68,15 @@ class TiTok(SequenceTokenizer):
     ):
         super().__init__()
         decoder_patch_size = decoder_patch_size or patch_size
-        for name, patch in (("patch_size", patch_size), ("decoder_patch_size", decoder_patch_size)):
-            if image_size % patch:
+        for whole, size, part, count in (
+            ("image_size", image_size, "patch_size", patch_size),
+            ("image_size", image_size, "decoder_patch_size", decoder_patch_size),
+            ("encoder_width", encoder_width, "encoder_heads", encoder_heads),
+            ("decoder_width", decoder_width, "decoder_heads", decoder_heads),
+        ):
+            if size % count:
                 raise UserError(
-                    f"{type(self).__name__}: image_size {image_size} must be divisible by {name} "
-                    f"{patch}"
+                    f"{type(self).__name__}: {whole} {size} must be divisible by {part} {count}"
                 )
         self.image_size = (image_size, image_size)
         self.spec = quantizer.spec((num_latent_tokens,), ordered=tail_drop is not None)
