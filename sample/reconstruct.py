@@ -92,8 +92,10 @@ def main(
     shown = [model.spec.num_tokens] if lengths is None else kept
     made = reconstructions(model, originals, shown, seed, chosen)
     titles = ["original", *(title(model, length) for length in shown)]
-    blocks = zip(*(pictures.split(columns) for pictures in (originals, *made)), strict=True)
-    rows = [row for block in blocks for row in block]
+    # White pictures fill the last rows up, so that every row begins with a picture of its own.
+    blank = originals.new_ones(-len(originals) % columns, *originals.shape[1:])
+    filled = [torch.cat([pictures, blank]).split(columns) for pictures in (originals, *made)]
+    rows = [row for block in zip(*filled, strict=True) for row in block]
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as aside:

@@ -67,10 +67,10 @@ class Stream:
 
 
 def bits_per_token(spec: TokenSpec) -> int:
-    """Return ceil(log2) of the number of different tokens; raises `UserError` for latents."""
+    """Return ceil(log2 V) of V different tokens, at least 1; raises `UserError` for latents."""
     if spec.kind == "latents":
         raise UserError(f"{spec} have no codes to write: only ids and factorised ids make files")
-    return (math.prod(_radices(spec)) - 1).bit_length()
+    return max(1, (math.prod(_radices(spec)) - 1).bit_length())
 
 
 def payload_size(spec: TokenSpec, length: int) -> int:
@@ -93,7 +93,7 @@ def longest_within(spec: TokenSpec, size: int) -> int:
             f"{HEADER.size + CHECKSUM.size} of them around the tokens"
         )
     bits = 8 * (size - HEADER.size - CHECKSUM.size)
-    return min(spec.num_tokens, bits // max(1, bits_per_token(spec)))
+    return min(spec.num_tokens, bits // bits_per_token(spec))
 
 
 def dumps(stream: Stream, spec: TokenSpec) -> bytes:

@@ -38,4 +38,7 @@ def main(file: str, tokenizer: str, out: str, tokens: int | None = None) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as aside:
         picture.save(aside, "PNG")
-    print(f"{file}, {len(content)} bytes: {picture.width} x {picture.height}: {path}")
+    length = len(stream.tokens) if codec.spec.has_prefixes else codec.spec.num_tokens
+    print(
+        f"{file}, {len(content)} bytes: {length} tokens, {picture.width} x {picture.height}: {path}"
+    )
