@@ -29,6 +29,30 @@ PUBLISHED = {  # exact where the papers or files give exact numbers, otherwise t
     "nar_l_video": 368.7e6,
     "nar_lp_video": 693.6e6,
     "nar_xl_t2i_512": 819.0e6,
+    "retok_b": 110_888_448 + 257 * 768,
+    "retok_l": 342_910_976 + 257 * 1024,
+    "retok_xl": 774_699_520 + 257 * 1280,
+    "retok_xxl": 1_410_972_672 + 257 * 1536,
+    # Theirs hold one more type vector, which no row has, and another that ours adds to positions.
+    "maskgit_titok_l32": 177.2e6,
+    "maskgit_titok_b64": 177.2e6,
+    "maskgit_titok_s128": 295.0e6,
+    "maskgit_one_d_piece_s256": 177.4e6,
+    "maskgit_one_d_piece_b256": 177.4e6,
+    "maskgit_one_d_piece_l256": 177.4e6,
+    # Theirs hold 1022, 1024 and 99 rows more in three tables, and one of a mask.
+    "rar_b": 260.9e6 - 2146 * 768,
+    "rar_l": 461.7e6 - 2146 * 1024,
+    "rar_xl": 955.4e6 - 2146 * 1280,
+    "rar_xxl": 1498.5e6 - 2146 * 1408,
+}
+IMAGENET = {  # tokens of the models whose name begins so; the last part of others' is their size
+    "retok": TokenSpec.ids((256,), 16384, ordered=True),
+    "maskgit_titok_l32": TokenSpec.ids((32,), 4096),
+    "maskgit_titok_b64": TokenSpec.ids((64,), 4096),
+    "maskgit_titok_s128": TokenSpec.ids((128,), 4096),
+    "maskgit_one_d_piece": TokenSpec.ids((256,), 4096, ordered=True),
+    "rar": TokenSpec.ids((16, 16), 1024),
 }
 SIDES = {"256": 16, "384": 24, "512": 32}
 
@@ -38,6 +62,8 @@ def build(name: str, config: dict):
         spec, classes = TokenSpec.ids((8, 8), 4096), 9
     elif "video" in name:
         spec, classes = TokenSpec.ids((4, 16, 16), 8192), 101
+    elif start := next((start for start in IMAGENET if name.startswith(start)), None):
+        spec, classes = IMAGENET[start], 1000
     else:
         side = SIDES[name.split("_")[-1]]
         spec, classes = TokenSpec.ids((side, side), 16384), 1000
@@ -58,8 +84,8 @@ def test_config(file):
         assert count == pytest.approx(expected, abs=0.06e6)
     optimizer = {k: tuple(v) if isinstance(v, list) else v for k, v in config["optimizer"].items()}
     OptimizerConfig(**optimizer).learning_rate(0, 100)
-    decoding = config.get("decoding", {})
-    Decoding(**{k: v if k == "top_k" else vistok.Schedule(v) for k, v in decoding.items()})
+    decoding = Decoding.from_dict(config.get("decoding", {}))
+    decoding.scales(decoding.plan_of(model))
     assert config["images"] >= config["batch_size"]
 
 
