@@ -12,6 +12,9 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from vistok.errors import UserError
 from vistok.metrics import (
+    code_counts,
+    code_entropy,
+    codebook_usage,
     frechet_distance,
     inception_score,
     kid,
@@ -19,7 +22,6 @@ from vistok.metrics import (
     psnr,
     ssim,
 )
-from vistok.metrics.scores import codebook_usage
 
 SAME = {"rel": 1e-6}
 CASES = [(0, 200, 150, 8), (1, 300, 300, 16), (2, 120, 400, 32), (3, 64, 80, 5), (4, 500, 90, 3)]
@@ -136,6 +138,24 @@ def test_ssim_is_the_mean_over_windows():
     assert ssim(x, x).tolist() == pytest.approx([1.0, 1.0])
     with pytest.raises(UserError, match="11 x 11"):
         ssim(x[..., :10], y[..., :10])
+
+
+def test_code_counts_add_up_over_batches_and_positions():
+    tokens = torch.randint(5, (12, 2, 3))
+    counts = code_counts(tokens, 5)
+    assert counts.shape == (6, 5)
+    for position in range(6):
+        expected = torch.bincount(tokens.flatten(1)[:, position], minlength=5)
+        assert torch.equal(counts[position], expected)
+    assert torch.equal(counts, code_counts(tokens[:7], 5) + code_counts(tokens[7:], 5))
+    assert torch.equal(counts.sum(0), torch.bincount(tokens.flatten(), minlength=5))
+
+
+def test_code_entropy_is_in_bits():
+    counts = torch.tensor([[4, 4, 4, 4], [9, 0, 0, 0], [2, 2, 0, 0]])
+    assert code_entropy(counts).tolist() == pytest.approx([2.0, 0.0, 1.0])
+    perplexity = codebook_usage(counts[2])[1]
+    assert math.log2(perplexity) == pytest.approx(float(code_entropy(counts[2])))
 
 
 def test_codebook_usage():

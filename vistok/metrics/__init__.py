@@ -21,6 +21,9 @@ from vistok.metrics.protocols import (
     write_result,
 )
 from vistok.metrics.scores import (
+    code_counts,
+    code_entropy,
+    codebook_usage,
     frechet_distance,
     inception_score,
     kid,
@@ -46,6 +49,9 @@ __all__ = [
     "Statistics",
     "caveats",
     "choose",
+    "code_counts",
+    "code_entropy",
+    "codebook_usage",
     "compare",
     "find_result",
     "frechet_distance",

@@ -1,5 +1,5 @@
 """Scores of images: as sets (Fréchet distance, KID, Inception score, precision and recall), in
-pairs (PSNR, SSIM), and of codes (usage, perplexity).
+pairs (PSNR, SSIM), and of codes (usage, perplexity, entropy by position).
 
 All sets are of features of `vistok.metrics.features`, in float64.
 """
@@ -10,7 +10,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from vistok.errors import UserError
@@ -149,11 +149,27 @@ def ssim(
     return similarity.mean((1, 2, 3))
 
 
+def code_counts(tokens: Int64[Tensor, "b *positions"], num_codes: int) -> Int64[Tensor, "p v"]:
+    """Return how often each of `num_codes` came at each position of an image, positions in a row.
+    Counts of batches and processes add up; summed over positions they are a codebook's histogram.
+    """
+    flat = tokens.flatten(1)
+    positions = flat.shape[1]
+    first = num_codes * torch.arange(positions, device=tokens.device)
+    counts = torch.bincount((flat + first).flatten(), minlength=positions * num_codes)
+    return counts.view(positions, num_codes)
+
+
+def code_entropy(counts: Int64[Tensor, "*positions v"]) -> Float64[Tensor, "*positions"]:
+    """Return the entropy of codes in bits, of each histogram: what a code says at most. Over the
+    positions it tells where a sequence tokenizer puts its information, and which positions idle."""
+    p = counts.double() / counts.sum(-1, keepdim=True)
+    return torch.special.entr(p).sum(-1) / math.log(2)
+
+
 def codebook_usage(histogram: Int64[Tensor, "v"]) -> tuple[float, float]:
-    """Return the share of codes that occur, and the perplexity of the codes: e to the entropy."""
-    p = histogram.double() / histogram.sum()
-    entropy = -torch.special.xlogy(p, p).sum()
-    return float((histogram > 0).double().mean()), math.exp(entropy)
+    """Return the share of codes that occur, and the perplexity of the codes: 2 to the entropy."""
+    return float((histogram > 0).double().mean()), 2 ** float(code_entropy(histogram))
 
 
 def _mean_and_deviation(values: Tensor) -> tuple[float, float]:
