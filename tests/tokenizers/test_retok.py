@@ -8,9 +8,10 @@ import torch.nn.functional as F
 import yaml
 
 from vistok.errors import UserError
+from vistok.layers.adaptive_conv import AdaptiveGroupNorm, DepthToSpace
 from vistok.quantizers import FSQ, VQ
 from vistok.tokenizers import ReTok
-from vistok.tokenizers.retok import AdaptiveGroupNorm, DepthToSpace, pooled_grids
+from vistok.tokenizers.retok import pooled_grids
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "tokenizers"
 TINY = {

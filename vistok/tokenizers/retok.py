@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vistok.errors import UserError
 from vistok.layers import conv
+from vistok.layers.adaptive_conv import AdaptiveDecoder, DepthToSpace
 from vistok.models import register_to_config
 from vistok.quantizers import Quantizer
 from vistok.tokenizers.base import TokenizerOutput
@@ -54,6 +55,8 @@ class ReTok(SequenceTokenizer):
         decoder_channel_multipliers: the same for the decoder; None for the encoder's.
         num_res_blocks: residual blocks per level; the decoder has one more.
         z_channels: width between the parts.
+        latent_std: spread of the latents of new weights, for quantizers that fixed levels bound, as
+            FSQ, which would round all of them to one code; None, as published, for others.
         groups: of the group norms.
         patch_size: side of the squares of pixels that become channels before the first level, to
             save the work at full resolution; 1 in the published models.
@@ -86,6 +89,7 @@ class ReTok(SequenceTokenizer):
         decoder_channel_multipliers: Sequence[int] | None = None,
         num_res_blocks: int = 2,
         z_channels: int = 256,
+        latent_std: float | None = None,
         groups: int = 32,
         patch_size: int = 1,
         adaptive_gn: bool = True,
@@ -148,6 +152,9 @@ class ReTok(SequenceTokenizer):
         )
         self.apply(_initialise)
         self.quant_proj = nn.Linear(z_channels, quantizer.in_dim)
+        if latent_std is not None:
+            features_std = 0.02 * encoder_width**0.5  # of a linear map of normalised rows
+            nn.init.normal_(self.quant_proj.weight, 0, latent_std / features_std / z_channels**0.5)
         self.quantizer = quantizer
         self.post_quant_proj = nn.Linear(quantizer.dim, z_channels)
 
@@ -403,66 +410,6 @@ class TokensToGrid(QueryTransformer):
             for mean, size in zip(means, grids, strict=True)
         )
         return cells.flatten(2).transpose(1, 2)
-
-
-class AdaptiveGroupNorm(nn.Module):
-    """Group norm whose scale and shift are linear in the deviation and the mean of each channel of
-    another grid (as in AdaIN: Huang and Belongie, 2017, arXiv:1703.06868)."""
-
-    def __init__(self, style_channels: int, channels: int, groups: int):
-        super().__init__()
-        self.norm = conv.group_norm(channels, groups, affine=False)
-        self.gamma = nn.Linear(style_channels, channels)
-        self.beta = nn.Linear(style_channels, channels)
-
-    def forward(
-        self, x: Float[Tensor, "b c h w"], style: Float[Tensor, "b s gh gw"]
-    ) -> Float[Tensor, "b c h w"]:
-        variance, mean = torch.var_mean(style.float().flatten(2), dim=2)
-        scale = self.gamma((variance + 1e-6).sqrt().to(style.dtype))
-        shift = self.beta(mean.to(style.dtype))
-        return self.norm(x) * scale[:, :, None, None] + shift[:, :, None, None]
-
-
-class AdaptiveDecoder(conv.Decoder):
-    """The convolutional decoder with an adaptive norm before each level."""
-
-    def __init__(
-        self,
-        widths: Sequence[int],
-        in_channels: int,
-        num_res_blocks: int,
-        attention: bool,
-        dropout: float,
-        patch_size: int,
-        groups: int,
-        upsample: type[nn.Module],
-    ):
-        super().__init__(
-            widths, in_channels, num_res_blocks, attention, dropout, patch_size, groups, upsample
-        )
-        self.adaptive = nn.ModuleList(
-            AdaptiveGroupNorm(in_channels, level.res[0].conv1.in_channels, groups)
-            for level in self.conv_blocks
-        )
-
-    def forward(self, features: Float[Tensor, "b c gh gw"]) -> Float[Tensor, "b 3 h w"]:
-        h = self.mid(self.conv_in(features))
-        for norm, level in zip(self.adaptive, self.conv_blocks, strict=True):
-            h = level(norm(h, features))
-        return self.to_pixels(h)
-
-
-class DepthToSpace(nn.Module):
-    """Double height and width by a convolution to four times the channels."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, 4 * channels, 3, padding=1)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
-        # Published weights order the channels as (y, x, channel); pixel_shuffle wants (y, x) last.
-        return F.pixel_shuffle(self.conv(x).unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2), 2)
 
 
 def pooled_grids(num_tokens: int) -> list[tuple[int, int]]:
