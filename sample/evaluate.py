@@ -22,6 +22,7 @@ from vistok.decoding import Decoding, Noise, Order, Schedule
 from vistok.errors import UserError
 from vistok.losses.perceptual import LPIPS
 from vistok.pipelines import ImagePipeline
+from vistok.text import class_captions, decoder_text
 from vistok.tokenizers import Tokenizer
 from vistok.training.processes import together
 
@@ -230,6 +231,7 @@ class Reconstructions(Collection):
         spec = model.spec if length is None else model.spec.first(length)
         self.record |= {"tokens": str(spec), "fingerprint": model.fingerprint()}
         self.model, self.length = model, spec.num_tokens
+        self.text = decoder_text(model, device=model.device)
         num_codes = model.spec.vocab_size or 0
         self.pairs = m.PairScores(len(originals), num_codes, lpips, model.device)
         self.metrics = ("fid", *self.pairs.metrics)
@@ -243,7 +245,8 @@ class Reconstructions(Collection):
         if self.length < self.model.spec.num_tokens:
             tokens = tokens[:, : self.length]
         noise = Noise(0, indices.tolist())  # of decoders that draw: a picture's own
-        made = to_uint8(self.model.decode(tokens, noise=noise))
+        text = self.text and self.text.encode(class_captions(self.images.class_names(indices)))
+        made = to_uint8(self.model.decode(tokens, text=text, noise=noise))
         self.pairs.update(indices, made, originals, tokens)
         return indices, made
 

@@ -21,7 +21,7 @@ from vistok.errors import UserError
 from vistok.images import image_grid
 from vistok.losses import TokenizerLoss
 from vistok.metrics import psnr
-from vistok.text import ClipText
+from vistok.text import decoder_text
 from vistok.tokenizers import Tokenizer
 from vistok.training import (
     EMA,
@@ -81,7 +81,7 @@ def main(
         initial: directory or Hub repository of a tokenizer to start from: of the same kind, or that
             of the stage before.
         text_encoder: directory or Hub repository of the CLIP that reads the captions, for
-            tokenizers that decode with text.
+            tokenizers that decode with captions.
         batch_size: images per step, on all processes and in all micro-batches together.
         accumulation: micro-batches into which each process splits its share of a step.
         transform: named crop of training pictures; held-out ones are centre crops.
@@ -100,11 +100,7 @@ def main(
         raise UserError(
             "codebooks and adversaries cannot be sharded: train tokenizers without FSDP"
         )
-    reader = None
-    if tokenizer.text_shape is not None:
-        if text_encoder is None:
-            raise UserError("this tokenizer decodes with text: give --text_encoder, a CLIP")
-        reader = ClipText(text_encoder, tokenizer.text_shape, accelerator.device)
+    reader = decoder_text(tokenizer, text_encoder, accelerator.device)
     if initial is not None:
         tokenizer.start_from(Tokenizer.from_pretrained(initial))
     loss = (loss or TokenizerLoss()).to(accelerator.device)
@@ -138,7 +134,7 @@ def main(
         tokens = net.encode(batch["image"])
         return [
             net.decode(tokens[:, :length] if length else tokens, text=text, noise=noise)
-            for length in shorter_lengths(net.spec) + [None]
+            for length in [*shorter_lengths(net.spec), None]
         ]
 
     def scores(batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -163,7 +159,7 @@ def main(
         means = held_out_means(accelerator, held_out, run.validation_images, scores)
         return Validation(means, means["validation/psnr"], draw)
 
-    parts = models | ({"perceptual": loss.perceptual} if loss.perceptual else {})
+    parts = models | loss.frozen
     accelerator.print(describe(accelerator, parts, num_steps, batch_size, accumulation, len(data)))
     with (
         opened(checkpoints, state, resume, allow_changes),

@@ -12,12 +12,28 @@ from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 
-from vistok.decoding import Decoding, Noise, Plan, Schedule, decode, decode_adaptively
+from vistok.decoding import (
+    Decoding,
+    MaskedPlan,
+    Noise,
+    Plan,
+    Schedule,
+    decode,
+    decode_adaptively,
+    decode_masked,
+)
 from vistok.errors import CheckpointError, UserError, suggestion
 from vistok.files import replaced
 from vistok.generators import Captions, Condition, Generator
 from vistok.images import to_pil
-from vistok.text import TextEncoder, caption_shape, remember_encoder, remembered_encoder
+from vistok.text import (
+    TextEncoder,
+    caption_shape,
+    class_captions,
+    decoder_text,
+    remember_encoder,
+    remembered_encoder,
+)
 from vistok.tokenizers import Tokenizer
 from vistok.tokens import require_same
 
@@ -57,10 +73,16 @@ class ImagePipeline:
         require_same(
             type(tokenizer).__name__, tokenizer.spec, type(generator).__name__, generator.spec
         )
+        if tokenizer.text_shape and caption_shape(generator):
+            raise UserError(
+                f"{type(tokenizer).__name__} decodes with captions of classes: pair it with a "
+                "class-conditional generator"
+            )
         self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
         self.decoding = decoding or DEFAULT
         self._states: dict[tuple[int, Plan], object] = {}
         self._encoder: TextEncoder | None = None
+        self._class_text: Tensor | None = None
         if text_encoder is not None:
             self.require("text", f"text encoder {text_encoder}")
             remember_encoder(generator, text_encoder)
@@ -140,7 +162,7 @@ class ImagePipeline:
         self.tokenizer.to(*args, **kwargs)
         self.generator.to(*args, **kwargs)
         self._states.clear()
-        self._encoder = None
+        self._encoder = self._class_text = None
         return self
 
     def compile(self, **options) -> Self:
@@ -213,6 +235,8 @@ class ImagePipeline:
         condition = condition.to(self.device)
         decoding = decoding or self.decoding
         plan = decoding.plan_of(self.generator)
+        if isinstance(plan, MaskedPlan):
+            return decode_masked(self.generator, condition, noise, decoding)
         if decoding.plan and decoding.plan.adaptive_window:
             window = decoding.plan.adaptive_window
             return decode_adaptively(self.generator, condition, noise, window, decoding)[0]
@@ -232,10 +256,20 @@ class ImagePipeline:
         """As `sample_tokens`, decoded to images in [0, 1]. Raises `UserError` for images that are
         not finite, rather than returning them black."""
         noise = Noise(seed, indices)  # the tokenizer's decoder draws on where the generator ended
-        images = self.tokenizer.decode(self._sample_tokens(condition, noise, decoding), noise=noise)
+        tokens = self._sample_tokens(condition, noise, decoding)
+        images = self.tokenizer.decode(tokens, text=self._text_of(condition), noise=noise)
         if not torch.isfinite(images).all():
             raise UserError(f"images {list(map(int, indices))} of seed {seed} are not finite")
         return images
+
+    def _text_of(self, condition: Condition) -> Float[Tensor, "b l c"] | None:
+        """Return what the tokenizer reads of classes, if it decodes with captions."""
+        if self.tokenizer.text_shape is None:
+            return None
+        if self._class_text is None:
+            reader = decoder_text(self.tokenizer, device=self.device)
+            self._class_text = reader.encode(class_captions(self.class_names))
+        return self._class_text[condition.to(self.device)]
 
     def __call__(
         self,

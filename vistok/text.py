@@ -18,6 +18,8 @@ from torch import Tensor
 from vistok.errors import UserError
 from vistok.generators import Captions, Generator
 from vistok.generators.conditions import CaptionCondition
+from vistok.models import Model
+from vistok.tokenizers import Tokenizer
 
 
 class FrozenText:
@@ -159,10 +161,39 @@ def caption_shape(generator: Generator) -> tuple[int, int] | None:
     return tuple(generator.condition.null_features.shape)
 
 
-def remember_encoder(generator: Generator, path: str) -> None:
-    """Note in a generator's config which text encoder its captions come from."""
-    generator.register_to_config(_text_encoder=path)
+def remember_encoder(model: Model, path: str) -> None:
+    """Note in a model's config which text encoder its captions come from."""
+    model.register_to_config(_text_encoder=path)
 
 
-def remembered_encoder(generator: Generator) -> str | None:
-    return generator.config.get("_text_encoder")
+def remembered_encoder(model: Model) -> str | None:
+    return model.config.get("_text_encoder")
+
+
+def decoder_text(
+    tokenizer: Tokenizer, path: str | None = None, device: torch.device | str = "cpu"
+) -> ClipText | None:
+    """Return what reads the captions that a tokenizer decodes with, by default the CLIP that it was
+    trained with; None for a tokenizer that takes none. Raises `UserError` where no CLIP is known,
+    or one of another shape."""
+    if tokenizer.text_shape is None:
+        return None
+    path = path or remembered_encoder(tokenizer)
+    if path is None:
+        raise UserError(
+            f"{type(tokenizer).__name__} decodes with captions and its checkpoint names no CLIP: "
+            f"give the one it was trained with, as {ClipText.example}"
+        )
+    text = ClipText(path, device)
+    if text.shape != tokenizer.text_shape:
+        raise UserError(
+            f"text encoder {path}: makes {text.shape} features, the tokenizer takes "
+            f"{tokenizer.text_shape}"
+        )
+    remember_encoder(tokenizer, path)
+    return text
+
+
+def class_captions(names: Sequence[str]) -> list[str]:
+    """Return the captions that stand for classes (Kim et al., 2025, arXiv:2501.07730)."""
+    return [f"A photo of a {name}." for name in names]

@@ -8,7 +8,7 @@ vistok import nar c2i_B.pt --out runs/nar-b
 from pathlib import Path
 from typing import Any, Literal
 
-from vistok.checkpoints import larp, llamagen
+from vistok.checkpoints import flextok, larp, llamagen, maskgit, rar, retok, titok
 from vistok.checkpoints.files import ENTRIES, read_weights
 from vistok.decoding import Order, Schedule
 from vistok.errors import UserError
@@ -16,24 +16,34 @@ from vistok.pipelines import DEFAULT, write_decoding
 from vistok.text import caption_shape, remember_encoder
 from vistok.tokenizers import Tokenizer
 
-TEXT_ENCODER = "google/flan-t5-xl"  # of all published text-conditional models
-# PAR and NAR publish LlamaGen's layout, and use its tokenizers.
+PREFERRED = {"retok": ("ema", "model")}  # entries of files that hold averaged weights, too
+# Of all published text-conditional generators, and of all tokenizers that decode with captions.
+T5, CLIP = "google/flan-t5-xl", "openai/clip-vit-large-patch14-336"
 IMPORTERS = {
     "llamagen": llamagen.convert,
-    "par": llamagen.convert,
+    "par": llamagen.convert,  # LlamaGen's layout, as that of NAR, and its tokenizers
     "nar": llamagen.convert,
     "larp": larp.tokenizer,
+    "titok": titok.convert,  # also TA-TiTok, One-D-Piece, the MaskGIT-VQGAN
+    "flextok": flextok.convert,
+    "retok": retok.convert,
+    "maskgit": maskgit.generator,
+    "rar": rar.generator,
 }
 
 
 def main(
-    system: Literal["llamagen", "par", "nar", "larp"],
+    system: Literal[
+        "llamagen", "par", "nar", "larp", "titok", "flextok", "retok", "maskgit", "rar"
+    ],
     weights: str,
     out: str,
     options: dict[str, Any] | None = None,
     entries: list[str] | None = None,
     plan: Order | None = None,
     guidance: Schedule | None = None,
+    temperature: Schedule | None = None,
+    randomness: Schedule | None = None,
 ) -> None:
     """Turn published weights into a checkpoint, checking that every tensor fits.
 
@@ -46,9 +56,11 @@ def main(
         entries: entries of the file of which the first present is taken, as '["ema", "model"]'
         plan: how the generator decodes where it is not told otherwise
         guidance: likewise
+        temperature: likewise
+        randomness: likewise
     """
     convert = IMPORTERS[system]
-    state = read_weights(weights, entries or ENTRIES)
+    state = read_weights(weights, entries or PREFERRED.get(system, ENTRIES))
     try:
         model = convert(state, where=weights, **(options or {}))
     except TypeError as error:
@@ -57,10 +69,15 @@ def main(
     if part == "generator":
         model.plan(plan)  # raises before anything is written
         if caption_shape(model):
-            remember_encoder(model, TEXT_ENCODER)
+            remember_encoder(model, T5)
+    elif model.text_shape is not None:
+        remember_encoder(model, CLIP)
     model.save_pretrained(Path(out, part))
     if part == "generator":
-        write_decoding(Path(out), DEFAULT.changed(plan=plan, guidance=guidance))
+        decoding = DEFAULT.changed(
+            plan=plan, guidance=guidance, temperature=temperature, randomness=randomness
+        )
+        write_decoding(Path(out), decoding)
     print(
         f"{weights}: {type(model).__name__}, {model.num_parameters():,} parameters, "
         f"{model.spec}: {Path(out, part)}"

@@ -81,6 +81,11 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return self.count
 
+    def class_names(self, indices: Int64[Tensor, "b"]) -> list[str]:
+        """Return the names of the classes of some pictures."""
+        labels = self.source.labels()[indices.cpu() * len(self.source) // self.count]
+        return [self.source.class_names[label] for label in labels]
+
     def __getitem__(self, index: int) -> tuple[int, UInt8[Tensor, "3 h w"]]:
         sample = self.source[index * len(self.source) // self.count]
         if sample.image.mode != "RGB":
