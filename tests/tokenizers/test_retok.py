@@ -156,6 +156,12 @@ def test_other_queries(query_init):
     assert model.eval().encode(images()).shape == (3, 7)
 
 
+def test_new_latents_may_be_spread():
+    torch.manual_seed(0)
+    latents = tiny(latent_std=1.5, z_channels=64, encoder_width=64).to_latents(images())
+    assert 0.75 < latents.std() < 3
+
+
 def test_plain_decoder():
     names = {name for name, _ in tiny(adaptive_gn=False, d2s_up=False).decoder.named_parameters()}
     assert not any("adaptive" in name for name in names)
