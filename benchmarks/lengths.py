@@ -1,4 +1,4 @@
-"""Train one tokenizer on the emoji with tail drop and one without, and compare them at every length.
+"""Train tokenizers on the emoji with tail drop and without, and compare them at every length.
 
 python benchmarks/lengths.py --output runs/lengths
 

@@ -16,7 +16,7 @@ from vistok.pipelines import DEFAULT, write_decoding
 from vistok.text import caption_shape, remember_encoder
 from vistok.tokenizers import Tokenizer
 
-PREFERRED = {"retok": ("ema", "model")}  # entries of files that hold averaged weights, too
+PREFERRED = {"retok": retok.ENTRIES}  # of files that hold averaged weights beside others
 # Of all published text-conditional generators, and of all tokenizers that decode with captions.
 T5, CLIP = "google/flan-t5-xl", "openai/clip-vit-large-patch14-336"
 IMPORTERS = {
