@@ -51,3 +51,26 @@ def test_inconsistent_specs_are_refused(fields):
 def test_unfit_pair_names_both_sides():
     with pytest.raises(IncompatibleTokensError, match=r"A makes 8x8 ids of 16.* B .*4x4 ids of 16"):
         require_same("A", TokenSpec.ids((8, 8), 16), "B", TokenSpec.ids((4, 4), 16))
+
+
+def test_any_first_tokens_of_an_ordered_sequence_are_tokens():
+    ordered = TokenSpec.ids((8,), 16, ordered=True)
+    for length in range(1, 9):
+        ordered.check(torch.zeros(2, length, dtype=torch.int64), "test")
+        assert ordered.first(length).tensor_shape == (length,)
+        assert ordered.first(length).bits == 4 * length
+    for length in (0, 9):
+        with pytest.raises(UserError, match="decodes from 1 to 8 tokens"):
+            ordered.first(length)
+        with pytest.raises(UserError, match="expected 8 ordered ids"):
+            ordered.check(torch.zeros(2, length, dtype=torch.int64), "test")
+    assert ordered.first(8) == ordered
+
+
+@pytest.mark.parametrize("spec", [TokenSpec.ids((8,), 16), TokenSpec.ids((4, 2), 16, ordered=True)])
+def test_other_tokens_decode_as_a_whole(spec):
+    assert spec.first(8) == spec
+    with pytest.raises(UserError, match="decodes from all 8 tokens"):
+        spec.first(4)
+    with pytest.raises(UserError, match="expected"):
+        spec.check(torch.zeros(2, spec.shape[0] // 2, *spec.shape[1:], dtype=torch.int64), "test")
