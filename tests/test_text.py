@@ -61,27 +61,6 @@ def test_what_is_no_t5_is_refused(text_encoder, tmp_path, monkeypatch):
         TextEncoder(text_encoder)
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> str:
-    """Directory of a CLIP of 16 channels that reads letters, 8 positions."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-
-    folder = tmp_path_factory.mktemp("clip")
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["!", *letters, *(f"{letter}</w>" for letter in letters)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    sizes["num_attention_heads"] = 4
-    text = {"vocab_size": len(words), "max_position_embeddings": 8, **sizes}
-    text |= {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
-    vision = {"image_size": 8, "patch_size": 4, **sizes}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
-    return str(folder)
-
-
 def test_clip_states_of_all_positions(clip):
     encoder = ClipText(clip)
     assert encoder.shape == (8, 16)

@@ -52,8 +52,9 @@ def test_one_length_serves_a_batch():
 
 
 @pytest.mark.parametrize(
-    "spelling", ["unifrom", "uniform(0,4)", "uniform(5,3)", "uniform(1,13)", "pow2(4)", "uniform(a,b)"]
-)  # fmt: skip
+    "spelling",
+    ["unifrom", "uniform(0,4)", "uniform(5,3)", "uniform(1,13)", "pow2(4)", "uniform(a,b)"],
+)
 def test_other_spellings_are_refused(spelling):
     with pytest.raises(UserError, match="tail drop"):
         TailDrop(spelling, 12)

@@ -48,7 +48,7 @@ def describe_passes(model: Generator, order: str) -> str:
     if order.startswith("maskgit(steps"):
         return ", as many passes an image"
     if order != "zipar(s)":
-        return f", {len(model.plan(Order(order)))} passes an image"
+        return f", {len(model.plan(Order(order.replace('seed', '0'))))} passes an image"
     width = model.spec.shape[1]
     most, least = (len(model.plan(Order(f"zipar({s})"))) for s in (width, 1))
     return f" for windows s from 1 ({least} passes) to {width} ({most})"

@@ -54,7 +54,7 @@ class TwoStageTiTok(TiTok):
         vqgan_dim: int = 256,
         **titok,
     ):
-        super().__init__(quantizer, **titok)
+        super().__init__(quantizer, stem_channels=None, stem_blocks=0, **titok)
         if stage not in (1, 2) or (stage == 2 and vqgan_channels is None):
             raise UserError(
                 f"TwoStageTiTok: stage {stage} with vqgan_channels {vqgan_channels}; expected "
