@@ -23,6 +23,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, UInt8
@@ -177,7 +178,11 @@ class Codec:
             raise CheckpointError(f"{name} works on {reads}: give a tokenizer of pictures alone")
         self.model = model
         self.spec = model.spec
-        self.fingerprint = model.fingerprint()[: 2 * FINGERPRINT]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What files say of the tokenizer, as hex digits."""
+        return self.model.fingerprint()[: 2 * FINGERPRINT]
 
     def fitted(self, image: Image.Image) -> UInt8[Tensor, "3 h w"]:
         """Return a picture (RGB) at the tokenizer's size, as bytes."""

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from PIL import Image
 
 from vistok import tokenizers
+from vistok.codec import Codec, dumps, file_size, loads
 from vistok.errors import CheckpointError, UserError
 from vistok.quantizers import FSQ, VQ
 from vistok.tokenizers import (
@@ -133,6 +135,29 @@ def test_save_and_load(tokenizer, images, tmp_path):
     assert torch.equal(loaded.encode(images), tokenizer.encode(images))
     tokens = tokenizer.encode(images)
     assert torch.equal(loaded.decode(tokens), tokenizer.decode(tokens))
+
+
+def test_a_picture_becomes_a_file_and_a_picture(tokenizer):
+    if tokenizer.frames is not None:
+        with pytest.raises(UserError, match="works on videos"):
+            Codec(tokenizer)
+        return
+    codec = Codec(tokenizer.eval())
+    pixels = torch.rand(30, 20, 3).mul(255).byte().numpy()
+    image = Image.fromarray(pixels)
+    whole = codec.encode(image)
+    lengths = (1, codec.spec.num_tokens) if codec.spec.has_prefixes else (codec.spec.num_tokens,)
+    for length in lengths:
+        stream = whole.first(length, codec.spec)
+        content = dumps(stream, codec.spec)
+        assert len(content) == file_size(codec.spec, length)
+        read = loads(content, codec.spec, codec.fingerprint, "a.vtk")
+        assert torch.equal(read.tokens, stream.tokens)
+        decoded = codec.decode(read)
+        assert decoded.size == image.size
+        assert decoded.tobytes() == codec.decode(stream).tobytes()
+    alone = [codec.psnr(whole, image, [length])[0] for length in lengths]
+    assert codec.psnr(whole, image, lengths) == pytest.approx(alone, abs=0.05)
 
 
 def test_bfloat16(tokenizer, images):
