@@ -62,16 +62,19 @@ class _Parser(ArgumentParser):
         return names
 
 
-def run(main: Callable[..., None], prog: str | None = None, args: list[str] | None = None) -> None:
-    """Parse `main`'s options from the command line (or `args`) and call it."""
-    start_all_processes()
-    parser = _Parser(
-        prog=prog or os.path.basename(sys.argv[0]),
-        description=inspect.getdoc(main).split("\n\nArgs:")[0],
-    )
+def parser_of(main: Callable[..., None], prog: str) -> ArgumentParser:
+    """Return what reads `main`'s options."""
+    parser = _Parser(prog=prog, description=inspect.getdoc(main).split("\n\nArgs:")[0])
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with these options.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     parser.add_function_arguments(main, as_group=False, fail_untyped=True, sub_configs=True)
+    return parser
+
+
+def run(main: Callable[..., None], prog: str | None = None, args: list[str] | None = None) -> None:
+    """Parse `main`'s options from the command line (or `args`) and call it."""
+    start_all_processes()
+    parser = parser_of(main, prog or os.path.basename(sys.argv[0]))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parser.parse_args(args)
     debug = options.pop("debug")
