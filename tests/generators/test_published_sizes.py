@@ -53,6 +53,7 @@ IMAGENET = {  # tokens of the models whose name begins so; the last part of othe
     "maskgit_titok_s128": TokenSpec.ids((128,), 4096),
     "maskgit_one_d_piece": TokenSpec.ids((256,), 4096, ordered=True),
     "rar": TokenSpec.ids((16, 16), 1024),
+    "flexar": TokenSpec.ids((256,), 64000, ordered=True),
 }
 SIDES = {"256": 16, "384": 24, "512": 32}
 
@@ -92,3 +93,14 @@ def test_config(file):
 def test_every_published_size_has_its_config():
     names = {file.stem for file in CONFIGS.glob("*.yaml")}
     assert set(PUBLISHED) <= names
+
+
+@pytest.mark.parametrize(
+    ("depth", "millions"), [(10, 49), (12, 85), (16, 201), (20, 393), (24, 679), (30, 1330)]
+)
+def test_flexar_blocks(depth, millions):
+    """Published are 12 weights a block and square of the width; feed-forward layers are rounded up
+    to a multiple of 256."""
+    file = CONFIGS / f"flexar_d{depth}.yaml"
+    blocks = build(file.stem, yaml.safe_load(file.read_text())).blocks
+    assert sum(p.numel() for p in blocks.parameters()) == pytest.approx(millions * 1e6, rel=0.04)

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from vistok.decoding.loop import Decoding, Plannable
 from vistok.decoding.noise import Noise
-from vistok.decoding.plans import MaskedPlan
 from vistok.decoding.sampling import Sampling, gumbel, sample_categorical
-from vistok.errors import UserError
 
 
 @runtime_checkable
@@ -47,8 +45,6 @@ def decode_masked(
     """
     decoding = decoding or Decoding()
     plan = decoding.plan_of(generator)
-    if not isinstance(plan, MaskedPlan):
-        raise UserError(f"order {plan.name} has fixed positions: use decode")
     batch, n, device = len(condition), generator.spec.num_tokens, condition.device
     both = generator.with_null(condition)
     draws, doubts = (noise.uniform(len(plan), n).to(device) for _ in range(2))
