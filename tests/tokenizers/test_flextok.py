@@ -1,7 +1,10 @@
 """FlexTok: every way to a prefix is the same, and training reaches what is trained."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 from vistok.decoding import Noise, Schedule
 from vistok.decoding.flow import FlowSampler, Guidance
@@ -11,6 +14,7 @@ from vistok.layers.registers import Slots
 from vistok.losses.flow import FlowTimes
 from vistok.quantizers import FSQ, Gaussian
 from vistok.tokenizers import FlexTok, KLAutoencoder, KLTokenizer, Tokenizer
+from vistok.tokens import TokenSpec
 
 TINY = {
     "image_size": 16,
@@ -274,3 +278,22 @@ def test_patches_are_row_column_channel():
 def test_refuses_sizes(changes, message):
     with pytest.raises(UserError, match=message):
         FlexTok(FSQ([5, 4, 3]), vae(), **(TINY | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "decoder"),
+    [("d12_d12", 85.4, 172.4), ("d18_d18", 287.3, 578.6), ("d18_d28", 287.3, 2169.7)],
+)
+def test_published_sizes(name, encoder, decoder):
+    file = Path(__file__).parents[2] / f"configs/tokenizers/flextok_{name}.yaml"
+    arguments = yaml.safe_load(file.read_text())["tokenizer"]["init_args"]
+    with torch.device("meta"):
+        vae = KLAutoencoder(**arguments.pop("vae")["init_args"])
+        quantizer = FSQ(**arguments.pop("quantizer")["init_args"])
+        model = FlexTok(quantizer, vae, **arguments)
+    counts = [  # published with the tables of positions, which are stored but not trained
+        sum(tensor.numel() for tensor in part.state_dict().values()) / 1e6
+        for part in (model.encoder, model.decoder, model.vae)
+    ]
+    assert counts == pytest.approx([encoder, decoder, 83.8], abs=0.06)
+    assert model.spec == TokenSpec.ids((256,), 64_000, ordered=True)

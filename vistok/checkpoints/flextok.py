@@ -78,7 +78,7 @@ def tokenizer(
     image_size: int | Sequence[int] | None = None,
     patch_size: int = 2,
     head_dim: int = 64,
-    scaling_factor: float = 1.0,
+    scaling_factor: float | None = None,
     norm_groups: int = 32,
     where: str = "weights",
     **arguments: Any,
@@ -93,7 +93,8 @@ def tokenizer(
             None for the largest that have places. Smaller ones have those of its upper left corner.
         patch_size: side of the squares of latents.
         head_dim: channels of an attention head.
-        scaling_factor: of the latents, from the autoencoder's own configuration.
+        scaling_factor: of the latents, which the file does not tell: that in the configuration of
+            the autoencoder, as of EPFL-VILAB/flextok_vae_c16.
         norm_groups: of the autoencoder's group norms.
         where: what errors are about, as the file that was read.
         arguments: those of `FlexTok` that shapes do not tell: `encoder_mask`, `tail_drop`, ...
@@ -122,7 +123,7 @@ def tokenizer(
         sizes["null_condition"] = "learned" if "decoder.null_vector" in weights else "zero"
         kinds = weights["decoder.blocks.0.modulation.bias"].numel() // sizes["decoder_width"] // 6
         sizes["modulation"] = "apart" if kinds == 2 else "alike"
-    except (KeyError, IndexError, RuntimeError) as error:
+    except (KeyError, IndexError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{where}: not a FlexTok ({error})") from error
     model = FlexTok(FSQ(list(levels)), vae, patch_size=patch_size, **sizes, **arguments)
     load(model, weights, where)
@@ -132,7 +133,7 @@ def tokenizer(
 def kl_tokenizer(
     weights: Weights,
     image_size: int | Sequence[int] = 256,
-    scaling_factor: float = 1.0,
+    scaling_factor: float | None = None,
     norm_groups: int = 32,
     where: str = "weights",
 ) -> KLTokenizer:
@@ -141,10 +142,10 @@ def kl_tokenizer(
     weights = {f"vae.vae.{name}": tensor for name, tensor in weights.items()}
     try:
         vae = autoencoder(weights, scaling_factor, norm_groups)
-    except KeyError as error:
+        if vae is None:
+            raise ValueError("it has no down blocks")
+    except (KeyError, ValueError) as error:
         raise CheckpointError(f"{where}: not an AutoencoderKL ({error})") from error
-    if vae is None:
-        raise CheckpointError(f"{where}: not an AutoencoderKL (no down blocks)")
     model = KLTokenizer(Gaussian(vae.latent_channels), vae, image_size)
     load(model, weights, where)
     return model
@@ -224,6 +225,8 @@ def join_matrices(weights: Weights) -> Weights:
 def network_sizes(weights: Weights, part: str, head_dim: int) -> dict[str, int | float]:
     """Return the arguments of `FlexTok` that say how large the encoder or the decoder is."""
     width, hidden = weights[f"{part}.blocks.0.feed_forward.out.weight"].shape
+    if width % head_dim:
+        raise ValueError(f"width {width} is no multiple of heads of {head_dim} channels")
     # Several ratios lead to this width, of which the roundest is meant.
     ratios = (round(1.5 * hidden / width, digits) for digits in range(9))
     fitting = (ratio for ratio in ratios if int(2 * int(ratio * width) / 3) == hidden)
@@ -240,12 +243,17 @@ def depth_of(weights: Weights, prefix: str) -> int:
     return 1 + max(int(match.group(1)) for match in found if match)
 
 
-def autoencoder(weights: Weights, scaling_factor: float, norm_groups: int) -> KLAutoencoder | None:
-    """Return an autoencoder of the sizes of these weights, None if they hold none."""
+def autoencoder(
+    weights: Weights, scaling_factor: float | None, norm_groups: int
+) -> KLAutoencoder | None:
+    """Return an autoencoder of the sizes of these weights, None if they hold none; raise
+    `ValueError` for numbers that do not fit them."""
     down = re.compile(r"vae\.vae\.encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight")
     found = {match.groups(): weights[name] for name in weights if (match := down.fullmatch(name))}
     if not found:
         return None
+    if scaling_factor is None:
+        raise ValueError("its autoencoder needs scaling_factor: give that of its config.json")
     levels = 1 + max(int(level) for level, _ in found)
     return KLAutoencoder(
         len(weights["vae.vae.post_quant_conv.bias"]),

@@ -74,7 +74,8 @@ class KLTokenizer(QuantizedTokenizer):
     """Images to the scaled latents of the autoencoder, one per square of pixels; what other
     tokenizers draw in, trained on its own.
 
-    Training logs the deviation of the latents: one over it is the `scaling_factor` to go on with.
+    The deviation of the latents is in the `usage` of `forward`: one over it is the `scaling_factor`
+    to go on with.
 
     Args:
         quantizer: the bottleneck, of as many channels as the autoencoder's latents.
