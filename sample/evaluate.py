@@ -233,7 +233,9 @@ class Reconstructions(Collection):
         self.model, self.length = model, spec.num_tokens
         self.text = decoder_text(model, device=model.device)
         num_codes = model.spec.vocab_size or 0
-        self.pairs = m.PairScores(len(originals), num_codes, lpips, model.device)
+        self.pairs = m.PairScores(
+            len(originals), num_codes, lpips, model.device, num_positions=self.length
+        )
         self.metrics = ("fid", *self.pairs.metrics)
 
     def __str__(self) -> str:
@@ -251,7 +253,10 @@ class Reconstructions(Collection):
         return indices, made
 
     def pair_scores(self) -> dict[str, float]:
-        return self.pairs.reduce()
+        scores = self.pairs.reduce()
+        if self.pairs.position_bits is not None:
+            self.record["bits_per_position"] = self.pairs.position_bits
+        return scores
 
 
 class Samples(Collection):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import vistok
 from vistok.errors import CheckpointError
-from vistok.models import WEIGHTS
+from vistok.models import WEIGHTS, register_to_config
 from vistok.quantizers import FSQ
 from vistok.tokenizers import ConvTokenizer, Tokenizer
 
@@ -136,3 +137,25 @@ def test_small_weights_load_in_float32_unless_asked(saved, dtype):
     stored = load_file(saved / WEIGHTS)
     assert all(torch.equal(v, stored[k].float()) for k, v in model.state_dict().items())
     assert Tokenizer.from_pretrained(saved, torch_dtype=torch.float16).dtype == torch.float16
+
+
+def test_a_new_argument_at_its_default_changes_no_fingerprint(saved, monkeypatch):
+    before = Tokenizer.from_pretrained(saved).fingerprint()
+
+    class LaterFSQ(FSQ):
+        @register_to_config
+        def __init__(self, levels, novelty: int = 3):
+            super().__init__(levels)
+
+    class LaterConvTokenizer(ConvTokenizer):
+        @register_to_config
+        def __init__(self, quantizer, novelty: int = 3, **rest):
+            super().__init__(quantizer, **rest)
+
+    for later in (LaterFSQ, LaterConvTokenizer):
+        later.__name__ = later.__name__.removeprefix("Later")
+        monkeypatch.setattr(vistok, later.__name__, later)
+    same = Tokenizer.from_pretrained(saved)
+    assert same.arguments["novelty"] == same.arguments["quantizer"]["novelty"] == 3
+    assert same.fingerprint() == before
+    assert Tokenizer.from_pretrained(saved, novelty=4).fingerprint() != before

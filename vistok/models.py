@@ -206,13 +206,31 @@ class Model(diffusers.ModelMixin, _Configured):
 
     @torch.no_grad()
     def fingerprint(self) -> str:
-        """SHA-256 over class, arguments and every tensor: equal exactly for equal models."""
+        """SHA-256 over class, arguments and every tensor: equal exactly for equal models.
+
+        Arguments at their defaults do not count, so that one which a later version adds leaves
+        files and caches made before it valid.
+        """
         digest = hashlib.sha256(type(self).__name__.encode())
-        digest.update(json.dumps(self.arguments, sort_keys=True).encode())
+        chosen = _chosen(type(self), self.arguments)
+        digest.update(json.dumps(chosen, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(_bytes(tensor))
         return digest.hexdigest()
+
+
+def _chosen(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments in JSON form that are not at their defaults, those of parts, too."""
+    parameters = constructor_parameters(cls)
+    chosen = {k: v for k, v in arguments.items() if v != _to_plain(parameters[k].default)}
+    for key, value in chosen.items():
+        name = value.get("_class_name", "TokenSpec") if isinstance(value, dict) else "TokenSpec"
+        if name != "TokenSpec":
+            part = {k: v for k, v in value.items() if k != "_class_name"}
+            of_part = _chosen(exported(name, Component, cls.__name__), part)
+            chosen[key] = {"_class_name": name, **of_part}
+    return chosen
 
 
 def _bytes(tensor: Tensor) -> bytes:
