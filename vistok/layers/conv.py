@@ -17,6 +17,11 @@ def group_norm(channels: int, groups: int = 32, affine: bool = True) -> nn.Group
     return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6, affine=affine)
 
 
+def swish(normed: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Return the swish of what nothing else reads, in its place where no gradient needs it."""
+    return F.silu(normed, inplace=not torch.is_grad_enabled())
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions, each after GroupNorm and swish, added to the input."""
 
@@ -33,8 +38,8 @@ class ResidualBlock(nn.Module):
             self.nin_shortcut = nn.Identity()
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(swish(self.norm1(x)))
+        h = self.conv2(self.dropout(swish(self.norm2(h))))
         return self.nin_shortcut(x) + h
 
 
@@ -168,7 +173,7 @@ class Encoder(nn.Module):
         h = self.conv_in(F.pixel_unshuffle(images, self.patch_size))
         for level in self.conv_blocks:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(swish(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -216,7 +221,7 @@ class Decoder(nn.Module):
 
     def to_pixels(self, h: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h2 w2"]:
         """Return the images that the last level's output stands for."""
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch_size)
+        return F.pixel_shuffle(self.conv_out(swish(self.norm_out(h))), self.patch_size)
 
 
 def _attention(channels: int, wanted: bool, groups: int) -> nn.Module:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vistok.errors import UserError
-from vistok.layers.conv import Upsample, group_norm
+from vistok.layers.conv import Upsample, group_norm, swish
 from vistok.models import register_to_config
 from vistok.quantizers import Quantizer
 from vistok.tokenizers.base import QuantizedTokenizer
@@ -87,9 +87,9 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(h))
+        h = self.conv1(swish(self.norm1(x)))
+        h = self.conv2(swish(self.norm2(h)))
+        return h.add_(x) if self.nin_shortcut is None else self.nin_shortcut(h).add_(h)
 
 
 class Encoder(nn.Module):
@@ -113,7 +113,7 @@ class Encoder(nn.Module):
         h = self.conv_in(images)
         for i, blocks in enumerate(self.levels):
             h = blocks(F.avg_pool2d(h, 2) if i > 0 else h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(swish(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(features))
         for blocks, resample in zip(reversed(self.levels), reversed(self.resample), strict=True):
             h = resample(blocks(h))
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(swish(self.norm_out(h)))
 
 
 def _blocks(in_channels: int, out_channels: int, count: int) -> nn.Sequential:
