@@ -124,7 +124,8 @@ def title(model: Tokenizer, length: int) -> str:
     """Return a row's label: tokens and their bytes."""
     if model.spec.kind == "latents":
         return f"{length} latents"
-    return f"{length} tokens, {payload_size(model.spec, length)} bytes"
+    tokens = "1 token" if length == 1 else f"{length} tokens"
+    return f"{tokens}, {payload_size(model.spec, length)} bytes"
 
 
 if __name__ == "__main__":
