@@ -80,12 +80,15 @@ def tiny(vae=None, **changes):
     [
         {},
         {"null_condition": "zero", "modulation": "alike", "encoder_mask": "causal"},
+        {"decoder_heads": 2},
         {"encoder_mlp_ratio": 2.5, "decoder_mlp_ratio": 3.0, "patch_size": 1, "time_dim": 11},
     ],
 )
 def test_the_file_tells_the_sizes(changes):
     model = tiny(**changes)
     shapes_do_not_tell = {k: changes[k] for k in ("encoder_mask", "patch_size") if k in changes}
+    if "decoder_heads" in changes:
+        shapes_do_not_tell["decoder_head_dim"] = 24
     found = convert(published(model), **OPTIONS, **shapes_do_not_tell)
     assert found.fingerprint() == model.fingerprint()
 

@@ -33,6 +33,7 @@ def load(case):
         config.get("image_size"),
         config["patch_size"],
         encoder["head_dim"],
+        config["decoder"]["head_dim"],
         encoder_mask=encoder["mask_mode"],
         **vae,
     )
@@ -155,8 +156,9 @@ def test_functions(folder):
     for name in [n for n in case.expected if n.startswith("sigma_mode_")]:
         bend = int(name.rpartition("_")[2]) / 100
         case.compare(name, FlowTimes(f"mode({bend})").of(given["u"]))
-    for name in ("tfreq_max1", "tfreq_max1000"):
-        case.compare(name, time_features(given["t"], config["freq_dim"]))
+    case.compare("tfreq_max1", time_features(given["t"], config["freq_dim"]))
+    thousands = time_features(1000 * given["t"], config["freq_dim"], highest=1.0)
+    case.compare("tfreq_max1000", thousands)
     case.compare("sincos", sincos_grid(*config["sincos"]).permute(2, 0, 1))
     case.finish(UNCOMPARED)
 

@@ -78,6 +78,7 @@ def tokenizer(
     image_size: int | Sequence[int] | None = None,
     patch_size: int = 2,
     head_dim: int = 64,
+    decoder_head_dim: int | None = None,
     scaling_factor: float | None = None,
     norm_groups: int = 32,
     where: str = "weights",
@@ -92,7 +93,8 @@ def tokenizer(
         image_size: pixels of a side, or (height, width), without an autoencoder of its latents;
             None for the largest that have places. Smaller ones have those of its upper left corner.
         patch_size: side of the squares of latents.
-        head_dim: channels of an attention head.
+        head_dim: channels of an attention head of the encoder.
+        decoder_head_dim: of the decoder; None for as many.
         scaling_factor: of the latents, which the file does not tell: that in the configuration of
             the autoencoder, as of EPFL-VILAB/flextok_vae_c16.
         norm_groups: of the autoencoder's group norms.
@@ -118,7 +120,7 @@ def tokenizer(
             "num_tokens": len(weights["encoder.registers"]),
             "time_dim": weights["decoder.time.0.weight"].shape[1],
             **network_sizes(weights, "encoder", head_dim),
-            **network_sizes(weights, "decoder", head_dim),
+            **network_sizes(weights, "decoder", decoder_head_dim or head_dim),
         }
         sizes["null_condition"] = "learned" if "decoder.null_vector" in weights else "zero"
         kinds = weights["decoder.blocks.0.modulation.bias"].numel() // sizes["decoder_width"] // 6

@@ -1,5 +1,7 @@
 """Sine-cosine embeddings of positions (Vaswani et al., 2017, arXiv:1706.03762) and of times."""
 
+import math
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -27,12 +29,17 @@ def sincos_grid(height: int, width: int, dim: int) -> Float[Tensor, "h w d"]:
 
 
 def time_features(
-    times: Float[Tensor, "b"], dim: int, max_period: float = 256.0
+    times: Float[Tensor, "b"], dim: int, highest: float = 1000.0
 ) -> Float[Tensor, "b d"]:
-    """Return the cosines, then the sines, of times in [0, 1] at frequencies from 1000 down to
-    1000 / max_period (Nichol and Dhariwal, 2021, arXiv:2102.09672); an odd `dim` ends in zero."""
+    """Return the cosines, then the sines, of times, here in [0, 1], at frequencies from `highest`
+    down to a 256th of it; an odd `dim` ends in zero.
+
+    The angles are so large that float32 rounds them visibly: the order of the products is that of
+    the published models.
+    """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=times.device) / half
-    angles = times.float()[:, None] * 1000 * max_period**-exponents
+    frequencies = highest * torch.exp(-math.log(256) * exponents)
+    angles = times.float()[:, None] * frequencies
     features = torch.cat([angles.cos(), angles.sin()], dim=1)
     return torch.nn.functional.pad(features, (0, dim % 2))
