@@ -205,8 +205,7 @@ def main(
             num_workers=run.num_workers,
         )
         for step, batches in progress.steps(loader, accumulation):
-            lr = optimizer.learning_rate(step, num_steps)
-            set_learning_rate(adam, lr)
+            set_learning_rate(adam, lr := optimizer.learning_rate(step, num_steps))
             net.set_progress(step / num_steps)
             seen = []
             for batch in accumulate(accelerator, model, batches):
