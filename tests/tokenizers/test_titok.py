@@ -122,7 +122,7 @@ def test_continuous_tokens(images, tmp_path):
 
 
 def test_stages_start_from_what_they_build_on(images, tmp_path):
-    vqgan = MaskGITVQGAN(VQ(32, 6, l2_normalise=False), 16, 8, (1, 2, 1), 1)
+    vqgan = MaskGITVQGAN(VQ(32, 6, l2_normalise=False, revival=True), 16, 8, (1, 2, 1), 1)
     first, second = two_stage(1), two_stage(2)
     first.start_from(vqgan)
     assert torch.equal(first.proxy_codes(images), vqgan.encode(images))

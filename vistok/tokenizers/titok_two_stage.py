@@ -152,11 +152,10 @@ class TwoStageTiTok(TiTok):
         """Stage 1 takes the VQGAN from a `MaskGITVQGAN`; stage 2 takes everything but the VQGAN's
         encoder from stage 1. Either also goes on from a model of its own kind."""
         if self.stage == 1 and isinstance(other, MaskGITVQGAN):
-            self._vqgan().start_from(other)
+            # How often its codes were used lately mattered to its training alone.
+            self._vqgan().take_over(_without(other, "quantizer.embed_prob"), "MaskGITVQGAN")
         elif self.stage == 2 and isinstance(other, TwoStageTiTok) and other.stage == 1:
-            weights = other.state_dict()
-            kept = {k: v for k, v in weights.items() if not k.startswith("vqgan.encoder.")}
-            self.take_over(kept, "TwoStageTiTok of stage 1")
+            self.take_over(_without(other, "vqgan.encoder."), "TwoStageTiTok of stage 1")
         else:
             super().start_from(other)
 
@@ -171,6 +170,10 @@ class TwoStageTiTok(TiTok):
                 "training need: import it with the option vqgan"
             )
         return self.vqgan
+
+
+def _without(model: Tokenizer, prefix: str) -> dict[str, Tensor]:
+    return {k: v for k, v in model.state_dict().items() if not k.startswith(prefix)}
 
 
 class ProxyHead(nn.Module):
