@@ -187,7 +187,9 @@ def main(
                 )
                 accelerator.backward(objective / accumulation)
                 results.append(result)
-                seen.append({"loss": objective.detach(), **terms})
+                # How codes are used is counted over the window.
+                usage = {} if tokenizer.spec.vocab_size else result.usage
+                seen.append({"loss": objective.detach(), **terms, **usage})
             taken, norm = guarded_step(accelerator, model, adam, seen, optimizer.max_grad_norm)
             if taken:
                 tokenizer.update_codebook(torch.cat([result.latents for result in results]))
