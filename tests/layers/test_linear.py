@@ -4,9 +4,10 @@ import torch
 from vistok.layers.linear import Linear
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("batch", [(1,), (3,), (4,), (2, 8), (64,), (65,), (2, 3, 5)])
-def test_both_products_are_the_same_map(batch):
-    linear, x = Linear(12, 20), torch.randn(*batch, 12)
+def test_both_products_are_the_same_map(batch, bias):
+    linear, x = Linear(12, 20, bias), torch.randn(*batch, 12)
     expected = linear(x)  # with gradients: as `nn.Linear` computes it
     assert expected.requires_grad
     with torch.inference_mode():

@@ -19,9 +19,7 @@ class Linear(nn.Linear):
         plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if plain or not x.is_cpu or rows not in FEW_ROWS:
             return super().forward(x)
-        columns = x.reshape(rows, -1).t()
-        if self.bias is None:
-            out = self.weight @ columns
-        else:
-            out = torch.addmm(self.bias[:, None], self.weight, columns)
-        return out.t().contiguous().view(*x.shape[:-1], -1)
+        out = (self.weight @ x.reshape(rows, -1).t()).t().contiguous()
+        if self.bias is not None:
+            out += self.bias
+        return out.view(*x.shape[:-1], -1)
