@@ -239,12 +239,12 @@ def test_the_loss_falls_to_that_of_the_data(model):
     condition = condition_of(model, LABELS[:2])
     tokens = torch.randint(11, (2, *model.spec.tensor_shape))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(100):
+    for _ in range(200 if isinstance(model, MASKED) else 100):  # masks show a part of the tokens
         optimizer.zero_grad()
         loss = model(tokens, condition).loss
         loss.backward()
         optimizer.step()
-    assert loss < 0.1
+    assert loss < 0.05
     drawn = decode(model.eval(), condition, Noise(0, range(2)), Decoding(temperature=Schedule(0)))
     assert torch.equal(drawn, tokens)
 
