@@ -1,4 +1,4 @@
-"""Train raster, PAR and NAR alike on the emoji and compare how fast and how well each decodes.
+"""Train generators alike on the emoji and compare how fast and how well each order decodes.
 
 python benchmarks/orders.py --output runs/orders
 
@@ -31,6 +31,8 @@ ROWS = {
     "ZipAR, window 2": ("raster", "zipar(2)"),
     "PAR, 4 regions": ("par", None),
     "NAR": ("nar", None),
+    "MaskGIT, 8 passes": ("maskgit", None),
+    "RAR": ("rar", None),
 }
 
 

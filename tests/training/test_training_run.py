@@ -112,8 +112,8 @@ class Faulty(ConvTokenizer):
         self.calls, self.faulty_call, self.value = 0, call, value
         return self
 
-    def forward(self, images):
-        result = super().forward(images)
+    def forward(self, images, text=None):
+        result = super().forward(images, text)
         self.calls += 1
         if self.calls == self.faulty_call:
             result.reconstruction = result.reconstruction * self.value
