@@ -1,4 +1,6 @@
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -219,3 +221,15 @@ def test_every_crop_is_seen_in_training(folder):
         if stream.index_at(p) == 2
     ]
     assert len(set(seen)) == 10
+
+
+def test_a_program_ends_whatever_loaders_it_leaves_open():
+    code = """
+from vistok.data import Emoji, Images, Stream, Transform, make_loader
+stream = Stream(Images(Emoji("held-out"), Transform("random-flip", 16)), 0)
+kept = iter(make_loader(stream, start_step=0, num_steps=50, batch_size=2, num_workers=1))
+next(kept)
+raise SystemExit(3)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], timeout=120, check=False)
+    assert ended.returncode == 3

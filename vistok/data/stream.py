@@ -6,8 +6,10 @@ over micro-batches and processes. A resumed run therefore stores the step alone,
 of processes sees the same samples per step.
 """
 
+import atexit
 import hashlib
 import logging
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -171,6 +173,8 @@ def make_loader(
     It is not to be wrapped by a launcher's own sharding: the split over processes is done here.
     """
     sampler = PositionSampler(start_step, num_steps, batch_size, accumulation, rank, world)
+    if num_workers > 0:
+        atexit.register(_end_workers)
     return DataLoader(
         stream,
         batch_sampler=sampler,
@@ -188,6 +192,14 @@ def _leave_stopping_to_parent(worker: int) -> None:
     step, for which it needs its workers, which end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """Kill the workers of loaders that an error has left open. Python's own end of a program asks
+    them by SIGTERM, which they ignore, and would wait for them for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def shard_range(n: int, rank: int, world: int) -> range:
