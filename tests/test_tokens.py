@@ -74,3 +74,11 @@ def test_other_tokens_decode_as_a_whole(spec):
         spec.first(4)
     with pytest.raises(UserError, match="expected"):
         spec.check(torch.zeros(2, spec.shape[0] // 2, *spec.shape[1:], dtype=torch.int64), "test")
+
+
+def test_whole_sequences_fit_a_tokenizer_of_any_length():
+    whole, ordered = TokenSpec.ids((8,), 16), TokenSpec.ids((8,), 16, ordered=True)
+    require_same("A", ordered, "B", whole)
+    require_same("A", ordered, "B", ordered)
+    with pytest.raises(IncompatibleTokensError, match="A makes 8 ids of 16"):
+        require_same("A", whole, "B", ordered)
