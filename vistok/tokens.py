@@ -143,8 +143,8 @@ class TokenSpec:
 
 
 def require_same(tokenizer: str, made: TokenSpec, generator: str, wanted: TokenSpec) -> None:
-    """Raise `IncompatibleTokensError` unless the generator was built for the tokenizer's tokens. One
-    that always makes the whole sequence also fits a tokenizer that would decode less."""
+    """Raise `IncompatibleTokensError` unless the generator was built for the tokenizer's tokens.
+    One that always makes the whole sequence also fits a tokenizer that would decode less."""
     if made != wanted and replace(made, ordered=False) != wanted:
         raise IncompatibleTokensError(
             f"{tokenizer} makes {made}, but {generator} was built for {wanted}: "
