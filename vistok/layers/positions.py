@@ -4,7 +4,7 @@ import math
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def sincos_table(
@@ -43,3 +43,9 @@ def time_features(
     angles = times.float()[:, None] * frequencies
     features = torch.cat([angles.cos(), angles.sin()], dim=1)
     return torch.nn.functional.pad(features, (0, dim % 2))
+
+
+def learned_table(length: int, width: int) -> nn.Parameter:
+    """Return a table to be learned, whose rows have a length of about one (CLIP: Radford et al.,
+    2021, arXiv:2103.00020)."""
+    return nn.Parameter(torch.randn(length, width) * width**-0.5)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vistok.errors import UserError
 from vistok.layers import conv
 from vistok.layers.adaptive_conv import AdaptiveDecoder, DepthToSpace
+from vistok.layers.positions import learned_table
 from vistok.models import register_to_config
 from vistok.quantizers import Quantizer
 from vistok.tokenizers.base import TokenizerOutput
@@ -280,8 +281,8 @@ class QueryTransformer(nn.Module):
             raise UserError(f"ReTok: width {width} must be a multiple of {heads} heads")
         self.ln_pre = nn.LayerNorm(in_channels)
         self.embed = nn.Linear(in_channels, width)
-        self.memory_positions = _positions(num_memory, width)
-        self.query_positions = _positions(num_queries, width)
+        self.memory_positions = learned_table(num_memory, width)
+        self.query_positions = learned_table(num_queries, width)
         self.layers = nn.ModuleList(QueryLayer(width, heads) for _ in range(depth))
         self.ln_post = nn.LayerNorm(width)
 
@@ -320,7 +321,7 @@ class GridToTokens(QueryTransformer):
             _check_levels(num_tokens, num_redundant, grid)
         self.query_init, self.num_tokens, self.num_redundant = query_init, num_tokens, num_redundant
         if query_init == "learned":
-            self.queries = _positions(total, width)
+            self.queries = learned_table(total, width)
         else:
             self.global_proj = nn.Linear(width, width)
         self.proj_out = nn.Linear(width, channels)
@@ -431,10 +432,6 @@ def _check_levels(num_tokens: int, num_redundant: int, grid: tuple[int, int]) ->
             f"ReTok: a grid of {grid[0]}x{grid[1]} cells cannot be pooled to {rows}x{columns}, as "
             f"{num_tokens} tokens of query_init multi-level need"
         )
-
-
-def _positions(length: int, width: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(length, width) * width**-0.5)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vistok.errors import UserError
 from vistok.layers import conv
+from vistok.layers.positions import learned_table
 from vistok.layers.vit import SelfAttention, TransformerBlock
 from vistok.models import register_to_config
 from vistok.quantizers import Quantizer
@@ -82,7 +83,7 @@ class TiTok(SequenceTokenizer):
         self.spec = quantizer.spec((num_latent_tokens,), ordered=tail_drop is not None)
         self.tail_drop = TailDrop(tail_drop, num_latent_tokens) if tail_drop else None
         self.text_shape = None if text_length is None else (text_length, text_dim)
-        self.latent_tokens = _embedding(num_latent_tokens, encoder_width)
+        self.latent_tokens = learned_table(num_latent_tokens, encoder_width)
         self.encoder = Encoder(
             _patch_embedding(encoder_width, patch_size, stem_channels, stem_blocks),
             quantizer.in_dim,
@@ -127,9 +128,9 @@ class ViT(nn.Module):
     def __init__(self, width: int, depth: int, num_heads: int, num_patches: int, num_latents: int):
         super().__init__()
         self.num_patches = num_patches
-        self.class_embedding = _embedding(1, width)
-        self.positional_embedding = _embedding(1 + num_patches, width)
-        self.latent_token_positional_embedding = _embedding(num_latents, width)
+        self.class_embedding = learned_table(1, width)
+        self.positional_embedding = learned_table(1 + num_patches, width)
+        self.latent_token_positional_embedding = learned_table(num_latents, width)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = nn.ModuleList(TransformerBlock(width, num_heads) for _ in range(depth))
         self.ln_post = nn.LayerNorm(width)
@@ -190,12 +191,12 @@ class Decoder(ViT):
     ):
         super().__init__(width, **transformer)
         self.decoder_embed = nn.Linear(dim, width)
-        self.mask_token = _embedding(1, width)
+        self.mask_token = learned_table(1, width)
         self.reads_text = text_shape is not None
         if text_shape is not None:
             length, channels = text_shape
             self.text_guidance_proj = nn.Linear(channels, width)
-            self.text_guidance_positional_embedding = _embedding(length, width)
+            self.text_guidance_positional_embedding = learned_table(length, width)
         self.head = head
 
     def forward(
@@ -246,10 +247,6 @@ def _pixel_head(
     if stem_channels is None:
         return PixelHead(width, patch_size)
     return conv.Decoder([stem_channels], width, stem_blocks, False, patch_size=patch_size)
-
-
-def _embedding(length: int, width: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(length, width) * width**-0.5)
 
 
 def initialise(module: nn.Module) -> None:
