@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from vistok import metrics as m
 from vistok.cli import run
+from vistok.curves import decode_first
 from vistok.data import ImageSource, Transform, shard_range, to_uint8
-from vistok.decoding import Decoding, Noise, Order, Schedule
+from vistok.decoding import Decoding, Order, Schedule
 from vistok.errors import UserError
 from vistok.losses.perceptual import LPIPS
 from vistok.pipelines import ImagePipeline
@@ -244,12 +245,9 @@ class Reconstructions(Collection):
     def make(self, batch: list[Tensor]) -> tuple[Tensor, Tensor]:
         indices, originals = batch
         tokens = self.model.encode(originals.to(self.model.device) / 255)
-        if self.length < self.model.spec.num_tokens:
-            tokens = tokens[:, : self.length]
-        noise = Noise(0, indices.tolist())  # of decoders that draw: a picture's own
         text = self.text and self.text.encode(class_captions(self.images.class_names(indices)))
-        made = to_uint8(self.model.decode(tokens, text=text, noise=noise))
-        self.pairs.update(indices, made, originals, tokens)
+        made = to_uint8(decode_first(self.model, tokens, self.length, 0, indices, text))
+        self.pairs.update(indices, made, originals, tokens.flatten(1)[:, : self.length])
         return indices, made
 
     def pair_scores(self) -> dict[str, float]:

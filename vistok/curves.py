@@ -232,12 +232,17 @@ class FormatCurve(Curve):
 
 
 def decode_first(
-    model: Tokenizer, tokens: Tensor, length: int, seed: int, indices: Sequence[int] | Tensor
+    model: Tokenizer,
+    tokens: Tensor,
+    length: int,
+    seed: int,
+    indices: Sequence[int] | Tensor,
+    text: Tensor | None = None,
 ) -> Tensor:
     """Return images of the first `length` tokens, drawn, where the decoder draws, from the streams
     of images `indices`: the same at every length."""
     first = tokens[:, :length] if model.spec.has_prefixes else tokens
-    return model.decode(first, noise=Noise(seed, indices))
+    return model.decode(first, text=text, noise=Noise(seed, indices))
 
 
 def read_lengths(lengths: Sequence[int] | str | None, spec: TokenSpec) -> list[int]:

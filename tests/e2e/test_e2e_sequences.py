@@ -131,9 +131,9 @@ def test_a_stage_starts_from_the_one_before(train, folder, capfd):
 
 
 def test_quality_by_length(train, tmp_path, capfd):
-    grid = tmp_path / "grid.png"
+    grid, tokenizer = tmp_path / "grid.png", train("one-stage", "one-stage")
     code, _, err = run(
-        capfd, "sample/reconstruct.py", "--tokenizer", train("one-stage", "one-stage"),
+        capfd, "sample/reconstruct.py", "--tokenizer", tokenizer,
         "--lengths", "1,2,8", "--count", 4, "--columns", 4, "--curve_images", 12,
         "--features", "random", "--output", grid,
     )  # fmt: skip
@@ -146,16 +146,12 @@ def test_quality_by_length(train, tmp_path, capfd):
 
     for length, expected in ((2, 0), (9, 2)):
         code, _, err = run(
-            capfd, "sample/evaluate.py", "--tokenizer", folder_of(grid, train), "--data", "Emoji",
+            capfd, "sample/evaluate.py", "--tokenizer", tokenizer, "--data", "Emoji",
             "--count", 8, "--metrics", '["psnr"]', "--length", length,
             "--output", tmp_path / "metrics.json",
         )  # fmt: skip
         assert code == expected, err
     assert "decodes from 1 to 8 tokens" in err
-
-
-def folder_of(grid: Path, train) -> Path:
-    return train("one-stage", "one-stage")
 
 
 @pytest.mark.parametrize(
