@@ -7,7 +7,7 @@ python sample/evaluate.py --data ImageFolder --data.root DIR --size 256 --statis
 """
 
 import logging
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, Unpack, get_args
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +19,7 @@ from vistok import metrics as m
 from vistok.cli import run
 from vistok.curves import decode_first
 from vistok.data import ImageSource, Transform, shard_range, to_uint8
-from vistok.decoding import Decoding, Order, Schedule
+from vistok.decoding import Decoding, DecodingOptions
 from vistok.errors import UserError
 from vistok.losses.perceptual import LPIPS
 from vistok.pipelines import ImagePipeline
@@ -51,15 +51,9 @@ def main(
     size: int | None = None,
     count: int | None = None,
     seed: int = 0,
-    plan: Order | None = None,
-    guidance: Schedule | None = None,
-    temperature: Schedule | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    randomness: Schedule | None = None,
-    length: int | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
+    **changes: Unpack[DecodingOptions],
 ) -> None:
     """Score reconstructions (--tokenizer with --data), samples (--checkpoint) or pictures (--data).
 
@@ -84,15 +78,9 @@ def main(
         size: side in pixels; by default the model's, or that of the pictures as they are
         count: images to sample, 50,000 by default; or pictures to take, all by default
         seed: of samples; image i is of class i mod the number of classes
-        plan: order of decoding, as zipar(16); the checkpoint's by default, as for the next five
-        guidance: classifier-free guidance scale, or its schedule
-        temperature: of the softmax; 0 takes the most likely token
-        top_k: sample among the k most likely tokens; 0 among all
-        top_p: sample among the most likely tokens that hold this share
-        randomness: Gumbel noise of masked decoding, or its schedule
-        length: tokens of an image, where any first tokens decode; all by default
         batch_size: images at once on each process
         num_workers: processes that read pictures, for each process
+        changes: how samples are decoded; of these a tokenizer reads the length
     """
     accelerator = Accelerator()
     if batch_size < 1 or (count is not None and count < 1):
@@ -108,15 +96,7 @@ def main(
                 f"{checkpoint} is text-conditional: sample it by sample/generate.py --prompts FILE "
                 "and score the folder by --data"
             )
-        decoding = pipeline.decoding.changed(
-            plan=plan,
-            guidance=guidance,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            randomness=randomness,
-            length=length,
-        )
+        decoding = pipeline.decoding.changed(**changes)
         decoding.plan_of(pipeline.generator)  # what does not fit is an error here
         subject = Samples(pipeline, count or 50_000, seed, decoding)
     elif tokenizer and data and not checkpoint:
@@ -124,7 +104,7 @@ def main(
         crop = Transform(transform, model.image_size[0])
         originals = m.Pictures(m.open_pictures(data), crop, count)
         lpips = load_lpips(metrics, lpips_weights, accelerator.device)
-        subject = Reconstructions(model, originals, lpips, length)
+        subject = Reconstructions(model, originals, lpips, changes.get("length"))
         against = network and m.Reference(None, originals)
     elif data and not (checkpoint or tokenizer):
         crop = None if size is None else Transform(transform, size)

@@ -10,7 +10,7 @@ import re
 import textwrap
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from vistok.cli import resolved_config, run
 from vistok.data import shard_range
-from vistok.decoding import Order, Schedule
+from vistok.decoding import DecodingOptions
 from vistok.errors import UserError
 from vistok.files import replaced
 from vistok.images import image_grid, to_pil
@@ -32,7 +32,7 @@ MAX_ROWS = 100  # of the grid
 # Options that change how images are made but not which, or whose effect other settings hold.
 INDIFFERENT = {
     *("batch_size", "checkpoint", "compile", "count", "npz", "output", "prompts", "text_encoder"),
-    *("plan", "guidance", "temperature", "top_k", "top_p", "randomness", "length"),
+    *DecodingOptions.__annotations__,
 }
 
 
@@ -44,16 +44,10 @@ def main(
     text_encoder: str | None = None,
     count: int | None = None,
     seed: int = 0,
-    plan: Order | None = None,
-    guidance: Schedule | None = None,
-    temperature: Schedule | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    randomness: Schedule | None = None,
-    length: int | None = None,
     batch_size: int = 64,
     npz: bool = False,
     compile: bool = False,
+    **changes: Unpack[DecodingOptions],
 ) -> None:
     """Sample images from a checkpoint; a run that was cut off goes on where it stopped.
 
@@ -66,16 +60,10 @@ def main(
             checkpoint was trained with by default
         count: number of images; 8 of each class or prompt by default
         seed: image i depends on the seed and i alone, whatever the batch or the processes
-        plan: order of decoding, as zipar(16); the checkpoint's by default, as for the next five
-        guidance: classifier-free guidance scale, or its schedule
-        temperature: of the softmax; 0 takes the most likely token
-        top_k: sample among the k most likely tokens; 0 among all
-        top_p: sample among the most likely tokens that hold this share
-        randomness: Gumbel noise of masked decoding, or its schedule
-        length: tokens of an image, where any first tokens decode; all by default
         batch_size: images decoded at once on each process
         npz: also write samples.npz as ADM's evaluator reads it (arr_0, uint8 NHWC)
         compile: compile the generator's step and the tokenizer's decoder
+        changes: how images are decoded
     """
     process = Accelerator()
     pipeline = ImagePipeline.from_pretrained(checkpoint, text_encoder).to(process.device)
@@ -90,15 +78,7 @@ def main(
     count = 8 * len(names) if count is None else count
     if count < 1 or batch_size < 1:
         raise UserError(f"--count {count}, --batch_size {batch_size}: both must be at least 1")
-    decoding = pipeline.decoding.changed(
-        plan=plan,
-        guidance=guidance,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        randomness=randomness,
-        length=length,
-    )
+    decoding = pipeline.decoding.changed(**changes)
     plan = decoding.plan_of(pipeline.generator)  # what does not fit is an error here
     if compile:
         pipeline.compile()

@@ -145,7 +145,8 @@ def main(
     @torch.no_grad()
     def tokens_of(batch: dict[str, Tensor]) -> Tensor:
         # In full precision, whatever the generator's: a token cache holds the same tokens.
-        return batch["tokens"] if "tokens" in batch else frozen.encode(batch["image"])
+        given = batch["tokens"] if "tokens" in batch else frozen.statistics(batch["image"])
+        return frozen.draw(given)
 
     def condition_of(batch: dict[str, Tensor]) -> Condition:
         if captions is None:
@@ -166,7 +167,7 @@ def main(
             shown = HeldOut(source if held_out is None else held_out)
             batch = default_collate([shown[i] for i in spread(len(shown), ROWS)])
             condition, names = condition_of(batch), [f"picture {i}" for i in batch["index"]]
-            originals = [frozen.decode(batch["tokens"].to(frozen.device))[:, None]]
+            originals = [frozen.decode(tokens_of(batch).to(frozen.device))[:, None]]
         pipeline = ImagePipeline(frozen, ema.module, decoding)
         row_of = torch.arange(len(names)).repeat_interleave(COLUMNS)
         samples = [
@@ -184,10 +185,8 @@ def main(
         means = held_out_means(accelerator, HeldOut(held_out), run.validation_images, scores)
         return Validation(means, -means["validation/loss"], picture)
 
-    parts = {**state.models, "tokenizer": frozen}
-    accelerator.print(
-        describe(accelerator, parts, num_steps, batch_size, accumulation, len(source))
-    )
+    sizes = (num_steps, batch_size, accumulation, len(source))
+    accelerator.print(describe(accelerator, {**state.models, "tokenizer": frozen}, *sizes))
     with (
         opened(checkpoints, state, resume, allow_changes),
         Progress(checkpoints, state, run, num_steps, batch_size, len(source), validate) as progress,

@@ -24,12 +24,14 @@ from jsonargparse.typing import register_type
 import vistok
 from vistok import commands
 from vistok.decoding.orders import Order
+from vistok.decoding.samplers import Sampler
 from vistok.decoding.schedules import Schedule
 from vistok.errors import UserError, suggestion
 from vistok.launch import start_all_processes
 
 register_type(Schedule, str, Schedule)
 register_type(Order, str, Order)
+register_type(Sampler, str, Sampler)
 
 _resolved: dict[str, Any] = {}
 

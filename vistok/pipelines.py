@@ -17,10 +17,12 @@ from vistok.decoding import (
     MaskedPlan,
     Noise,
     Plan,
+    RandomPlan,
     Schedule,
     decode,
     decode_adaptively,
     decode_masked,
+    decode_random,
 )
 from vistok.errors import CheckpointError, UserError, suggestion
 from vistok.files import replaced
@@ -235,6 +237,8 @@ class ImagePipeline:
         condition = condition.to(self.device)
         decoding = decoding or self.decoding
         plan = decoding.plan_of(self.generator)
+        if isinstance(plan, RandomPlan):
+            return decode_random(self.generator, condition, noise, decoding)
         if isinstance(plan, MaskedPlan):
             return decode_masked(self.generator, condition, noise, decoding)
         if decoding.plan and decoding.plan.adaptive_window:

@@ -5,7 +5,7 @@ between them. Three kinds cover the field:
 
 - `ids`: int64 (B, *shape), one code of `vocab_size` per position (VQ, FSQ, LFQ);
 - `factorised`: int64 (B, *shape, D), one digit per dimension, each with its own number of levels
-  (TokenBridge, product quantization);
+  (TokenBridge, product quantization), which may stand for numbers;
 - `latents`: float (B, *shape, D), continuous vectors (MAR, xAR).
 """
 
@@ -28,7 +28,9 @@ class TokenSpec:
 
     `shape` is `(n,)` for a sequence, `(h, w)` for a grid, `(t, h, w)` for video, or a tuple of
     grids `((1, 1), (2, 2), ...)` for scales, whose tokens lie one scale after another in one axis.
-    `ordered` says that any prefix of the sequence decodes to a whole image.
+    `ordered` says that any prefix of the sequence decodes to a whole image. `values` spells the
+    numbers that the levels of factorised tokens stand for, if they do, as `normal(5,3)`; see
+    `vistok.quantizers.DimensionWise`.
     """
 
     kind: Kind
@@ -37,6 +39,7 @@ class TokenSpec:
     levels: tuple[int, ...] | None = None
     dim: int | None = None
     ordered: bool = False
+    values: str | None = None
 
     def __post_init__(self):
         needed = {"ids": "vocab_size", "factorised": "levels", "latents": "dim"}
@@ -46,6 +49,8 @@ class TokenSpec:
             if (getattr(self, field) is not None) != (kind == self.kind):
                 verb = "needs" if kind == self.kind else "takes no"
                 raise UserError(f"TokenSpec: kind '{self.kind}' {verb} {field}")
+        if self.values is not None and self.kind != "factorised":
+            raise UserError(f"TokenSpec: kind '{self.kind}' takes no values")
         as_tuple = tuple(tuple(s) if isinstance(s, list | tuple) else s for s in self.shape)
         object.__setattr__(self, "shape", as_tuple)
         if self.levels is not None:
@@ -56,8 +61,10 @@ class TokenSpec:
         return cls("ids", shape, vocab_size=vocab_size, ordered=ordered)
 
     @classmethod
-    def factorised(cls, shape, levels: tuple[int, ...], ordered: bool = False) -> "TokenSpec":
-        return cls("factorised", shape, levels=levels, ordered=ordered)
+    def factorised(
+        cls, shape, levels: tuple[int, ...], ordered: bool = False, values: str | None = None
+    ) -> "TokenSpec":
+        return cls("factorised", shape, levels=levels, ordered=ordered, values=values)
 
     @classmethod
     def latents(cls, shape, dim: int, ordered: bool = False) -> "TokenSpec":
@@ -131,7 +138,8 @@ class TokenSpec:
     def __str__(self) -> str:
         size = {
             "ids": f"of {self.vocab_size}",
-            "factorised": f"with levels {self.levels}",
+            "factorised": f"with levels {self.levels}"
+            + (f" of values {self.values}" if self.values else ""),
             "latents": f"of dim {self.dim}",
         }[self.kind]
         shape = (

@@ -63,7 +63,7 @@ def main(
     text = TextEncoder(text_encoder, caption_length, process.device) if text_encoder else None
     header = TokenCacheHeader(
         model.fingerprint(),
-        model.spec,
+        model.statistics_spec,
         crop,
         data.name,
         data.class_names,
@@ -84,7 +84,7 @@ def main(
     loader = DataLoader(Subset(images, mine), pictures, num_workers=num_workers)
     start = mine.start
     for batch in tqdm(loader, "encoding", disable=not process.is_main_process):
-        tokens = model.encode(batch["image"].flatten(0, 1).to(process.device)).cpu()
+        tokens = model.statistics(batch["image"].flatten(0, 1).to(process.device)).cpu()
         labels = batch["label"]
         captions = ()
         if text:
@@ -96,5 +96,5 @@ def main(
     if process.is_main_process:
         writer.finish()
         with_captions = f", captions {header.captions}" if text else ""
-        made = f"{images.crops} x {model.spec}{with_captions}"
+        made = f"{images.crops} x {model.statistics_spec}{with_captions}"
         print(f"{len(data)} pictures of {data.name} as {made}: {output}")

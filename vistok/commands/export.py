@@ -6,14 +6,14 @@ vistok export --checkpoint runs/emoji --output assets/emoji --tokenizer_dtype fl
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 import yaml
 from torch import nn
 
 from vistok.commands.scores import table
-from vistok.decoding import Order, Schedule
+from vistok.decoding import DecodingOptions
 from vistok.errors import UserError
 from vistok.metrics import read_results
 from vistok.pipelines import ImagePipeline
@@ -26,15 +26,9 @@ def main(
     output: str,
     tokenizer_dtype: DType = "float32",
     generator_dtype: DType = "float32",
-    plan: Order | None = None,
-    guidance: Schedule | None = None,
-    temperature: Schedule | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    randomness: Schedule | None = None,
-    length: int | None = None,
     metrics: str | None = None,
     note: str = "",
+    **changes: Unpack[DecodingOptions],
 ) -> None:
     """Write a pipeline's weights and a card that says how they were made and what they score.
 
@@ -43,29 +37,15 @@ def main(
         output: directory of the checkpoint
         tokenizer_dtype: of the tokenizer's saved weights; they load in float32
         generator_dtype: of the generator's
-        plan: how the checkpoint decodes where it is not told otherwise
-        guidance: likewise
-        temperature: likewise
-        top_k: likewise
-        top_p: likewise
-        randomness: likewise
-        length: likewise
         metrics: JSON file of results, for the card
         note: a sentence for the card
+        changes: how the checkpoint decodes where it is not told otherwise
     """
     pipeline = ImagePipeline.from_pretrained(checkpoint)
     # diffusers' own `to` warns of modules to keep in float32, even where there are none.
     nn.Module.to(pipeline.tokenizer, getattr(torch, tokenizer_dtype))
     nn.Module.to(pipeline.generator, getattr(torch, generator_dtype))
-    pipeline.decoding = pipeline.decoding.changed(
-        plan=plan,
-        guidance=guidance,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        randomness=randomness,
-        length=length,
-    )
+    pipeline.decoding = pipeline.decoding.changed(**changes)
     runs = [describe_run(Path(checkpoint, part)) for part in ("tokenizer", "generator")]
     scores = describe_scores(metrics) if metrics else ""
     pipeline.save_pretrained(output, "\n\n".join(filter(None, [note, scores, *runs])))

@@ -6,11 +6,11 @@ vistok import nar c2i_B.pt --out runs/nar-b
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from vistok.checkpoints import flextok, larp, llamagen, maskgit, rar, retok, titok
 from vistok.checkpoints.files import ENTRIES, read_weights
-from vistok.decoding import Order, Schedule
+from vistok.decoding import DecodingOptions
 from vistok.errors import UserError
 from vistok.pipelines import DEFAULT, write_decoding
 from vistok.text import caption_shape, remember_encoder
@@ -40,10 +40,7 @@ def main(
     out: str,
     options: dict[str, Any] | None = None,
     entries: list[str] | None = None,
-    plan: Order | None = None,
-    guidance: Schedule | None = None,
-    temperature: Schedule | None = None,
-    randomness: Schedule | None = None,
+    **changes: Unpack[DecodingOptions],
 ) -> None:
     """Turn published weights into a checkpoint, checking that every tensor fits.
 
@@ -54,10 +51,7 @@ def main(
         options: what the file does not tell, as --options.NAME VALUE; for tokenizers image_size,
             for generators shape (of the tokens, 16x16 by default), num_heads, class_names, ...
         entries: entries of the file of which the first present is taken, as '["ema", "model"]'
-        plan: how the generator decodes where it is not told otherwise
-        guidance: likewise
-        temperature: likewise
-        randomness: likewise
+        changes: how the generator decodes where it is not told otherwise
     """
     convert = IMPORTERS[system]
     state = read_weights(weights, entries or PREFERRED.get(system, ENTRIES))
@@ -67,16 +61,14 @@ def main(
         raise UserError(f"--options {options}: {error}") from error
     part = "tokenizer" if isinstance(model, Tokenizer) else "generator"
     if part == "generator":
-        model.plan(plan)  # raises before anything is written
+        decoding = DEFAULT.changed(**changes)
+        decoding.plan_of(model)  # raises before anything is written
         if caption_shape(model):
             remember_encoder(model, T5)
     elif model.text_shape is not None:
         remember_encoder(model, CLIP)
     model.save_pretrained(Path(out, part))
     if part == "generator":
-        decoding = DEFAULT.changed(
-            plan=plan, guidance=guidance, temperature=temperature, randomness=randomness
-        )
         write_decoding(Path(out), decoding)
     print(
         f"{weights}: {type(model).__name__}, {model.num_parameters():,} parameters, "

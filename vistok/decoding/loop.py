@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,12 +10,14 @@ from torch import Tensor
 from vistok.decoding.noise import Noise
 from vistok.decoding.orders import Order
 from vistok.decoding.plans import MaskedPlan, Pass, Plan
+from vistok.decoding.samplers import Sampler
 from vistok.decoding.sampling import Sampling
 from vistok.decoding.schedules import Schedule
 from vistok.errors import UserError
 from vistok.tokens import TokenSpec
 
-SCHEDULES = ("guidance", "temperature", "budget", "randomness")  # of a `Decoding`
+SCHEDULES = ("guidance", "temperature", "steps", "randomness")  # of a `Decoding`
+RENAMED = {"budget": "steps"}  # settings of older checkpoints
 
 
 @runtime_checkable
@@ -23,10 +25,12 @@ class Plannable(Protocol):
     """What every loop asks of a generator; see `vistok.generators.Generator`."""
 
     spec: TokenSpec
+    decoded: TokenSpec
     head: object
 
     def plan(self, order: Order | None = None) -> Plan | MaskedPlan: ...
     def with_null(self, condition: object) -> object: ...
+    def finish(self, decoded: Tensor) -> Tensor: ...
 
 
 @runtime_checkable
@@ -35,15 +39,20 @@ class Steppable(Plannable, Protocol):
 
     def new_state(self, rows: int, plan: Plan) -> object: ...
     def step(self, tokens: Tensor, condition: object, fed: Pass, state: object) -> Tensor: ...
+    def draw(
+        self, tokens: Tensor, condition: object, fed: Pass, state: object, how: "Draw"
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How tokens are decoded: the order (None: the model's own) and the schedules of progress.
 
-    `guidance` is the classifier-free scale (Ho & Salimans, 2022), 1 being off; `budget` the inner
-    steps of diffusion and flow heads; `randomness` the Gumbel noise of masked decoding. `length`
-    stops after that many tokens, where any prefix decodes.
+    `guidance` is the classifier-free scale (Ho & Salimans, 2022), 1 being off; `randomness` the
+    Gumbel noise of masked decoding. `length` stops after that many tokens, where any prefix
+    decodes. `steps` are the inner steps of diffusion and flow heads (None: as many as the head
+    takes by itself): a schedule anneals them from the first pass to the last (DiSA: Zhao et al.,
+    2025, arXiv:2505.20297). `sampler` is how these heads draw (None: the head's own).
     """
 
     plan: Order | None = None
@@ -51,9 +60,10 @@ class Decoding:
     temperature: Schedule = Schedule(1)
     top_k: int = 0
     top_p: float = 1.0
-    budget: Schedule = Schedule(1)
+    steps: Schedule | None = None
     randomness: Schedule = Schedule("linear(4.5,0)")
     length: int | None = None
+    sampler: Sampler | None = None
 
     def __post_init__(self):
         # Mistakes surface here, before any work, rather than at the first token.
@@ -66,22 +76,24 @@ class Decoding:
 
     def to_dict(self) -> dict[str, str | float]:
         """JSON form; `Decoding.from_dict` is its inverse."""
-        chosen = {} if self.plan is None else {"plan": str(self.plan)}
+        spelt = ("plan", "sampler", *SCHEDULES)
+        chosen = {k: str(getattr(self, k)) for k in spelt if getattr(self, k) is not None}
         if self.length is not None:
             chosen["length"] = self.length
-        schedules = {k: str(getattr(self, k)) for k in SCHEDULES}
-        return {**chosen, **schedules, "top_k": self.top_k, "top_p": self.top_p}
+        return {**chosen, "top_k": self.top_k, "top_p": self.top_p}
 
     @classmethod
     def from_dict(cls, settings: dict[str, str | float]) -> "Decoding":
-        order = {"plan": Order(settings["plan"])} if "plan" in settings else {}
+        settings = {RENAMED.get(k, k): v for k, v in settings.items()}
+        types = {"plan": Order, "sampler": Sampler, **dict.fromkeys(SCHEDULES, Schedule)}
         # A checkpoint written before a setting was known decodes by its default.
-        schedules = {k: Schedule(settings[k]) for k in SCHEDULES if k in settings}
-        return cls(**{**settings, **order, **schedules})
+        return cls(**{k: types[k](v) if k in types else v for k, v in settings.items()})
 
     def plan_of(self, generator: Plannable) -> Plan | MaskedPlan:
         """The passes by which a generator decodes under these settings; raises `UserError` for an
-        order or a length that does not fit it."""
+        order, a length or a sampler that does not fit it."""
+        if self.sampler is not None:
+            generator.head.check_sampler(self.sampler.name)
         plan = generator.plan(self.plan)
         if self.length is None or self.length == generator.spec.num_tokens:
             return plan
@@ -90,11 +102,58 @@ class Decoding:
 
     def sampling(self, fraction: float) -> Sampling:
         """How tokens are drawn when `fraction` of them is decoded."""
-        return Sampling(self.temperature(fraction), self.top_k, self.top_p)
+        return Sampling(self.temperature(fraction), self.top_k, self.top_p, self.sampler)
 
     def scales(self, plan: Plan | MaskedPlan) -> list[float]:
         """The guidance scale of each pass."""
         return [self.guidance(fraction) for fraction in plan.fractions]
+
+    def budgets(self, plan: Plan | MaskedPlan, own: Schedule) -> list[int]:
+        """The inner steps of each pass, of which the last is the end of the schedule; `own` is that
+        of the head."""
+        fixed = None if self.sampler is None else self.sampler.steps
+        schedule = Schedule(fixed) if fixed else self.steps or own
+        # Whole numbers are cut off, not rounded, as the released code does.
+        last, nearly = max(1, len(plan) - 1), 1e-9
+        return [max(1, int(schedule(t / last) + nearly)) for t in range(len(plan))]
+
+
+class DecodingOptions(TypedDict, total=False):
+    """The settings of a `Decoding` as options of a command; those given count.
+
+    Args:
+        plan: order of decoding, as zipar(16); the checkpoint's by default, as for all of these
+        guidance: classifier-free guidance scale, or its schedule
+        temperature: of the softmax, 0 taking the most likely token; of the noise of diffusion
+        top_k: sample among the k most likely tokens; 0 among all
+        top_p: sample among the most likely tokens that hold this share
+        randomness: Gumbel noise of masked decoding, or its schedule
+        length: tokens of an image, where any first tokens decode
+        steps: of the diffusion or flow of each pass, or their schedule, as linear(50,5)
+        sampler: of the diffusion or flow, as ddpm(950)
+    """
+
+    plan: Order | None
+    guidance: Schedule | None
+    temperature: Schedule | None
+    top_k: int | None
+    top_p: float | None
+    randomness: Schedule | None
+    length: int | None
+    steps: Schedule | None
+    sampler: Sampler | None
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What the tokens of one pass are drawn with: how many images there are beside their null
+    halves, the guidance scale, the noise of the positions, and the inner steps."""
+
+    batch: int
+    scale: float
+    noise: Tensor
+    sampling: Sampling
+    budget: int
 
 
 @torch.inference_mode()
@@ -106,7 +165,7 @@ def decode(
     state: object = None,
     on_pass: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Decode one batch of tokens, (B, *spec.tensor_shape), or the first `decoding.length` of each,
+    """Decode one batch of tokens, shaped as `spec`, or the first `decoding.length` of each,
     for `condition`: B labels, or anything else with a length, slices and a device that the
     generator takes.
 
@@ -119,9 +178,10 @@ def decode(
     if isinstance(plan, MaskedPlan):
         raise UserError(f"order {plan.name} has no fixed positions: use decode_masked")
     plan = plan.to(condition.device)
-    spec, batch = generator.spec.first(decoding.length or generator.spec.num_tokens), len(condition)
+    spec, head, batch = generator.decoded, generator.head, len(condition)
+    spec = spec.first(decoding.length or spec.num_tokens)
 
-    scales = decoding.scales(plan)
+    scales, budgets = decoding.scales(plan), decoding.budgets(plan, head.steps)
     guided_passes = max((t + 1 for t, scale in enumerate(scales) if scale != 1), default=0)
 
     if guided_passes:
@@ -129,7 +189,9 @@ def decode(
     if state is None:
         state = generator.new_state(len(condition), plan)
     state.reset()
-    draws = generator.head.draw_noise(noise, spec.num_tokens).to(condition.device)
+    draws = None
+    if not head.samplers:
+        draws = head.draw_noise(noise, spec.num_tokens).to(condition.device)
     tokens = torch.zeros(
         (len(condition), spec.num_tokens, *spec.value_shape),
         dtype=torch.float32 if spec.kind == "latents" else torch.int64,
@@ -140,16 +202,14 @@ def decode(
         if t == guided_passes and len(condition) > batch:
             condition, tokens = condition[:batch], tokens[:batch]
             state.keep(batch)
-        hidden = generator.step(tokens, condition, fed, state)
-        sampled = generator.head.sample(
-            hidden[:batch],
-            hidden[batch:] if len(hidden) > batch and scales[t] != 1 else None,
-            scales[t],
-            draws[:, fed.predict],
-            decoding.sampling(plan.fractions[t]),
-            round(decoding.budget(plan.fractions[t])),
-        )
+        sampling = decoding.sampling(plan.fractions[t])
+        if draws is None:
+            share = head.draw_noise(noise, len(fed.predict), sampling, budgets[t]).to(tokens.device)
+        else:
+            share = draws[:, fed.predict]
+        how = Draw(batch, scales[t], share, sampling, budgets[t])
+        sampled = generator.draw(tokens, condition, fed, state, how)
         tokens[:, fed.predict] = sampled.repeat(len(tokens) // batch, *[1] * (sampled.ndim - 1))
         if on_pass is not None:
             on_pass(t, tokens[:batch])
-    return tokens[:batch].view(batch, *spec.tensor_shape)
+    return generator.finish(tokens[:batch].view(batch, *spec.tensor_shape))

@@ -9,13 +9,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, wraps
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 
 import torch
 
-from vistok.decoding.plans import MaskedPlan, Pass, Plan
+from vistok.decoding.plans import MaskedPlan, Pass, Plan, RandomPlan
 from vistok.decoding.spelling import read_call
 from vistok.errors import UserError
+from vistok.tokens import Shape
 
 
 class Order:
@@ -32,7 +33,13 @@ class Order:
       starts rows when they are ready, image by image (ZipAR);
     - `maskgit(8)`: for masked models, in 8 passes over all positions, of which the most confident
       stay; `maskgit(8,cosine)` leaves as many masked as the cosine says, by default the arccosine,
-      or `linear`, `square`, `cubic`, `sqrt` (MaskGIT).
+      or `linear`, `square`, `cubic`, `sqrt` (MaskGIT);
+    - `mar(64)`: for masked models, in 64 passes over random sets of positions, each image its own,
+      that grow as the cosine says (MAR);
+    - `cells(8)`: by squares of 8 x 8 positions, one after another: `cells(1)` by single positions,
+      the whole grid as one; `subsamples(4)`: by combs of every fourth position of both axes;
+      `scales(1,2,4,8,16)`: by averages of the grid of so many positions a side, up to itself, each
+      entity jointly (xAR, FlowAR).
 
     `order(shape)` returns the plan. Raises `UserError` for any other spelling, and for a shape that
     does not fit.
@@ -43,6 +50,8 @@ class Order:
         self.name, self.arguments = read_call(text, "order", _ORDERS)
         taken = list(inspect.signature(_ORDERS[self.name]).parameters.values())[2:]
         required = sum(p.default is p.empty for p in taken)
+        if taken and taken[-1].kind is inspect.Parameter.VAR_POSITIONAL:
+            taken += taken[-1:] * (len(self.arguments) - len(taken))
         if not required <= len(self.arguments) <= len(taken):
             names = ", ".join(p.name for p in taken) or "nothing"
             raise UserError(f"order '{text}': {self.name} takes {names} in brackets")
@@ -292,7 +301,80 @@ def maskgit(
     return MaskedPlan("maskgit", shape, tuple(masked))
 
 
-_ORDERS = {order.__name__: order for order in (raster, diagonal, random, par, nar, zipar, maskgit)}
+@_plan
+def mar(shape: tuple[int, ...], condition_rows: int = 1, steps: int = 64) -> RandomPlan:
+    """MAR (Li et al., 2024, arXiv:2406.11838): of N positions, N cos(pi/2 r) are left when the
+    fraction r of the passes is over, and every pass decodes at least one."""
+    if steps < 1:
+        raise UserError(f"order 'mar({steps})': takes passes, at least 1")
+    n = math.prod(shape)
+    steps = min(steps, n)
+    masked = [n]
+    for step in range(1, steps):
+        left = math.floor(n * math.cos(math.pi / 2 * step / steps))
+        masked.append(max(1, min(masked[-1] - 1, left)))
+    return RandomPlan("mar", shape, tuple(masked))
+
+
+@_plan
+def cells(shape: tuple[int, ...], condition_rows: int = 1, side: int = 8) -> Plan:
+    """xAR (Ren et al., 2025, arXiv:2502.20388): squares of `side` positions in raster order, as are
+    the positions inside."""
+    height, width = _grid(shape, "cells")
+    if side < 1 or height % side or width % side:
+        raise UserError(f"order 'cells({side})': must divide a grid of {height}x{width} evenly")
+    grid = torch.arange(height * width).view(height // side, side, width // side, side)
+    return _entities("cells", shape, grid.transpose(1, 2).reshape(-1, side * side).tolist())
+
+
+@_plan
+def subsamples(shape: tuple[int, ...], condition_rows: int = 1, stride: int = 4) -> Plan:
+    """xAR's combs: all positions whose row and column leave the same rests, in raster order of the
+    rests."""
+    height, width = _grid(shape, "subsamples")
+    if stride < 1 or height % stride or width % stride:
+        raise UserError(
+            f"order 'subsamples({stride})': must divide a grid of {height}x{width} evenly"
+        )
+    grid = torch.arange(height * width).view(height // stride, stride, width // stride, stride)
+    combs = grid.permute(1, 3, 0, 2).reshape(stride * stride, -1)
+    return _entities("subsamples", shape, combs.tolist())
+
+
+@_plan
+def scales(shape: tuple[int, ...], condition_rows: int = 1, *sides: int) -> Plan:
+    """The scales of VAR (Tian et al., 2024, arXiv:2404.02905), FlowAR and xAR: square grids of so
+    many positions a side, one after another in one sequence, the last as large as `shape`."""
+    height, width = _grid(shape, "scales")
+    rising = all(before < after for before, after in pairwise((0, *sides)))
+    if not sides or not rising or (sides[-1],) * 2 != (height, width):
+        raise UserError(
+            f"order 'scales({','.join(map(str, sides))})': takes rising sides of squares, of which "
+            f"the last is the grid of {height}x{width}"
+        )
+    ends = list(accumulate((side * side for side in sides), initial=0))
+    sets = [list(range(begin, end)) for begin, end in pairwise(ends)]
+    return _entities("scales", tuple((side, side) for side in sides), sets)
+
+
+_ORDERS = {
+    order.__name__: order
+    for order in (
+        *(raster, diagonal, random, par, nar, zipar),
+        *(maskgit, mar),
+        *(cells, subsamples, scales),
+    )
+}
+
+
+def _entities(name: str, shape: Shape, sets: Sequence[list[int]]) -> Plan:
+    """One set of positions a pass, fed the set before; the rows to be predicted follow those fed,
+    and each predicts itself."""
+    passes = []
+    for t, (before, now) in enumerate(pairwise([[], *sets])):
+        rows = [[len(before) + row] for row in range(len(now))]
+        passes.append(Pass.of([t] * len(before), now, rows, tokens=before))
+    return Plan(name, shape, tuple(passes), by_pass=True)
 
 
 def _next_token(condition: list[int], fed: list[int], rank: int, predict: int) -> Pass:

@@ -139,6 +139,7 @@ class Plan:
     name: str
     shape: Shape
     passes: tuple[Pass, ...]
+    by_pass: bool = False  # whether progress counts passes, as of entities, rather than tokens
 
     @property
     def rows(self) -> int:
@@ -175,9 +176,19 @@ class Plan:
 
     @cached_property
     def fractions(self) -> list[float]:
-        """The fraction of tokens already decoded when each pass begins."""
+        """The fraction of tokens already decoded when each pass begins; `by_pass` the number of the
+        pass over that of the last."""
+        if self.by_pass:
+            return [t / max(1, len(self) - 1) for t in range(len(self))]
         decoded = [0, *accumulate(len(fed.predict) for fed in self.passes)]
         return [done / decoded[-1] for done in decoded[:-1]]
+
+    @cached_property
+    @torch.inference_mode(False)
+    def rank_of_position(self) -> Int64[Tensor, "n"]:
+        """The number of the pass that predicts each position."""
+        rank = torch.cat([torch.full_like(fed.predict, t) for t, fed in enumerate(self.passes)])
+        return rank[torch.cat([fed.predict for fed in self.passes]).argsort()]
 
     # Plans outlive the call that first asks for them: their tensors must serve training, too, even
     # where that call runs in inference mode.
@@ -235,3 +246,14 @@ class MaskedPlan:
     def first(self, length: int) -> "MaskedPlan":
         """Raise `UserError`: no token is known to be among the first before the last pass."""
         raise UserError(f"order {self.name} decodes all tokens at once, not the first {length}")
+
+
+class RandomPlan(MaskedPlan):
+    """Masked decoding in which a random permutation, each image's own, chooses the positions: pass
+    t decodes `masked[t] - masked[t + 1]` of them."""
+
+    @property
+    def fractions(self) -> list[float]:
+        """The fraction of tokens decoded when each pass is over; before the last token, for it."""
+        n = self.masked[0]
+        return [(n - left) / n for left in (*self.masked[1:], 1)]

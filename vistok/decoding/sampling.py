@@ -6,17 +6,19 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from vistok.decoding.samplers import Sampler
 from vistok.errors import UserError
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a distribution is sharpened: temperature 0 takes the most likely token; `top_k` 0 and
-    `top_p` 1 leave it whole."""
+    """How tokens are drawn: temperature 0 takes the most likely one; `top_k` 0 and `top_p` 1 leave
+    a distribution whole; `sampler` is that of an iterative head, None for its own."""
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    sampler: Sampler | None = None
 
     def __post_init__(self):
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:

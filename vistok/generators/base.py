@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from vistok.decoding.loop import Draw
 from vistok.decoding.orders import Order
 from vistok.decoding.plans import MaskedPlan, Pass, Plan
 from vistok.errors import IncompatibleTokensError, UserError
@@ -28,7 +29,8 @@ class Generator(Model):
     `step` once per pass of a plan, or by `decode_masked`, which calls `hidden`. No cache, counter
     or mask lives on the module.
 
-    Attributes: `spec`, the tokens it was built for; `class_names`, in the order of the labels;
+    Attributes: `spec`, the tokens it was built for; `decoded`, what is decoded and then `finish`ed,
+    the tokens themselves unless a family says otherwise; `class_names`, in the order of the labels;
     `condition`, class or caption to the first rows; `condition_dropout`, the probability with which
     training replaces it by the null condition; `head`, hidden state to tokens; `kinds`, the
     kinds of tokens the family accepts.
@@ -74,6 +76,14 @@ class Generator(Model):
         """Told before each training step which fraction of the run is over, for families whose
         training changes along it. Here: nothing."""
 
+    @property
+    def decoded(self) -> TokenSpec:
+        return self.spec
+
+    def finish(self, decoded: Tensor) -> Tensor:
+        """Return the tokens of what was decoded, (B, *decoded.tensor_shape)."""
+        return decoded
+
     def null_condition(self, condition: Condition) -> Condition:
         """Return the unconditional condition of the same shape, for guidance."""
         return self.condition.null(condition)
@@ -95,6 +105,15 @@ class Generator(Model):
     def new_state(self, rows: int, plan: Plan):
         """Return the state (a key-value cache) of decoding `rows` sequences by `plan`."""
         raise NotImplementedError
+
+    def draw(self, tokens: Tensor, condition: Condition, fed: Pass, state, how: Draw) -> Tensor:
+        """Feed the rows of one pass and return the tokens drawn for the positions it predicts: by
+        `step` and the head, unless a family draws with the whole network."""
+        hidden = self.step(tokens, condition, fed, state)
+        null = hidden[how.batch :] if len(hidden) > how.batch and how.scale != 1 else None
+        return self.head.sample(
+            hidden[: how.batch], null, how.scale, how.noise, how.sampling, how.budget
+        )
 
     def compile_decoding(self, **options) -> None:
         """Compile what `step` repeats, with `torch.compile`'s options; tokens stay the same."""

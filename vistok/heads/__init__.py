@@ -1,6 +1,6 @@
 """Heads: hidden state to the tokens of one set."""
 
-from vistok.heads.base import Head
+from vistok.heads.base import Head, ValueHead
 from vistok.heads.categorical import CategoricalHead
 
-__all__ = ["CategoricalHead", "Head"]
+__all__ = ["CategoricalHead", "Head", "ValueHead"]

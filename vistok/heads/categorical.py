@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from vistok.decoding.noise import Noise
 from vistok.decoding.sampling import Sampling, sample_categorical
-from vistok.heads.base import Head
+from vistok.heads.base import PLAIN, Head
 from vistok.layers.linear import Linear
 from vistok.models import register_to_config
 
@@ -31,7 +31,9 @@ class CategoricalHead(Head):
     ) -> Float[Tensor, "b s"]:
         return cross_entropy(self.logits(hidden).transpose(1, 2), target, reduction="none")
 
-    def draw_noise(self, noise: Noise, num_tokens: int) -> Float[Tensor, "b n *v"]:
+    def draw_noise(
+        self, noise: Noise, num_tokens: int, sampling: Sampling = PLAIN, budget: int = 1
+    ) -> Float[Tensor, "b n *v"]:
         return noise.uniform(num_tokens)
 
     def sample(

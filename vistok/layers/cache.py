@@ -41,8 +41,9 @@ class KVCache:
     def append(
         self, layer: int, key: Float[Tensor, "b h r d"], value: Float[Tensor, "b h r d"]
     ) -> tuple[Tensor, Tensor]:
-        """Store a layer's new rows and return all rows up to and including them."""
-        keys, values = self.layers[layer]
+        """Store a layer's new rows and return all rows up to and including them. Rows that are not
+        counted by `advance` give way to the next ones; they may be of the first sequences alone."""
+        keys, values = (memory[: len(key)] for memory in self.layers[layer])
         rows = key.shape[2]
         keys.narrow(2, self.filled, rows).copy_(key)
         values.narrow(2, self.filled, rows).copy_(value)

@@ -38,9 +38,12 @@ class Quantizer(Component):
     """Latents to codes and back, channels last. Works in float32 whatever the autocast dtype.
 
     Attributes: `dim`, channels of a latent; `in_dim`, channels of what it is made from, where these
-    are more; `vocab_size`, number of codes, None where latents stay continuous.
+    are more; `vocab_size`, number of codes, None where latents stay continuous; `draws`, whether
+    the code is that of a draw from a distribution, whose moments it is made from, when `encode` is
+    called with `sample=True`.
     """
 
+    draws = False
     dim: int
     vocab_size: int | None
 

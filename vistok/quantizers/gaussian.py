@@ -23,6 +23,7 @@ class Gaussian(Quantizer):
         kl: weight of the divergence, summed over the latents of an image.
     """
 
+    draws = True
     vocab_size = None
 
     @register_to_config

@@ -54,6 +54,20 @@ class Tokenizer(Model):
         """Return the tokens, shaped as `spec` says."""
         raise NotImplementedError
 
+    @property
+    def statistics_spec(self) -> TokenSpec:
+        """What `statistics` returns."""
+        return self.spec
+
+    def statistics(self, images: Float[Tensor, "b 3 *size"]) -> Tensor:
+        """Return what generators train on, as token caches hold it: all that `draw` needs to make
+        tokens of the images. Where tokens are not random, the tokens themselves."""
+        return self.encode(images)
+
+    def draw(self, statistics: Tensor) -> Tensor:
+        """Return tokens, shaped as `spec` says, drawn anew at each call where they are random."""
+        return statistics
+
     def decode(
         self,
         tokens: Tensor,
@@ -140,6 +154,22 @@ class QuantizedTokenizer(Tokenizer):
 
     def encode(self, images: Float[Tensor, "b 3 *size"]) -> Tensor:
         return self.quantizer.encode(self._checked_latents(images))
+
+    @property
+    def statistics_spec(self) -> TokenSpec:
+        if not self.quantizer.draws:
+            return self.spec
+        return TokenSpec.latents(self.spec.shape, self.quantizer.in_dim, self.spec.ordered)
+
+    def statistics(self, images: Float[Tensor, "b 3 *size"]) -> Tensor:
+        if not self.quantizer.draws:
+            return self.encode(images)
+        return self._checked_latents(images).float()
+
+    def draw(self, statistics: Tensor) -> Tensor:
+        if not self.quantizer.draws:
+            return statistics
+        return self.quantizer.encode(statistics, sample=True)
 
     def decode(
         self,
