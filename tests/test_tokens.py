@@ -11,6 +11,7 @@ SPECS = [
     (TokenSpec.ids((32,), 1024, ordered=True), (32,), 32, 320),
     (TokenSpec.ids(((1, 1), (2, 2), (3, 3)), 16), (14,), 14, 56),
     (TokenSpec.factorised((4, 4), (8, 8, 4)), (4, 4, 3), 16, 128),
+    (TokenSpec.factorised((2, 3), (64,) * 4, values="normal(5,3)"), (2, 3, 4), 6, 144),
     (TokenSpec.latents((4, 4), 16), (4, 4, 16), 16, math.inf),
 ]
 
@@ -41,6 +42,7 @@ def test_check_accepts_its_own_tokens_only(spec, shape, count, bits):
         {"kind": "ids", "shape": (4,)},
         {"kind": "ids", "shape": (4,), "vocab_size": 4, "dim": 2},
         {"kind": "latents", "shape": (4,), "vocab_size": 4},
+        {"kind": "latents", "shape": (4,), "dim": 4, "values": "normal(5,3)"},
     ],
 )
 def test_inconsistent_specs_are_refused(fields):
@@ -51,6 +53,14 @@ def test_inconsistent_specs_are_refused(fields):
 def test_unfit_pair_names_both_sides():
     with pytest.raises(IncompatibleTokensError, match=r"A makes 8x8 ids of 16.* B .*4x4 ids of 16"):
         require_same("A", TokenSpec.ids((8, 8), 16), "B", TokenSpec.ids((4, 4), 16))
+
+
+def test_digits_that_stand_for_other_values_do_not_fit():
+    made, wanted = (
+        TokenSpec.factorised((4, 4), (8, 8), values=values) for values in ("normal(5,3)", None)
+    )
+    with pytest.raises(IncompatibleTokensError, match=r"of values normal\(5,3\), but"):
+        require_same("A", made, "B", wanted)
 
 
 def test_any_first_tokens_of_an_ordered_sequence_are_tokens():
