@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Real
 from torch import Tensor, nn
 
 
@@ -29,20 +29,34 @@ def sincos_grid(height: int, width: int, dim: int) -> Float[Tensor, "h w d"]:
 
 
 def time_features(
-    times: Float[Tensor, "b"], dim: int, highest: float = 1000.0
+    times: Float[Tensor, "b"], dim: int, highest: float = 1000.0, span: float = 256.0
 ) -> Float[Tensor, "b d"]:
-    """Return the cosines, then the sines, of times, here in [0, 1], at frequencies from `highest`
-    down to a 256th of it; an odd `dim` ends in zero.
+    """Return the cosines, then the sines, of times at frequencies from `highest`, here of times in
+    [0, 1], down to `highest / span`; an odd `dim` ends in zero.
 
     The angles are so large that float32 rounds them visibly: the order of the products is that of
     the published models.
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=times.device) / half
-    frequencies = highest * torch.exp(-math.log(256) * exponents)
+    frequencies = highest * torch.exp(-math.log(span) * exponents)
     angles = times.float()[:, None] * frequencies
     features = torch.cat([angles.cos(), angles.sin()], dim=1)
     return torch.nn.functional.pad(features, (0, dim % 2))
+
+
+class TimeEmbedding(nn.Sequential):
+    """Times of 0 to 1000 through their cosines and sines and an MLP (ADM: Dhariwal and Nichol,
+    2021, arXiv:2105.05233)."""
+
+    features = 256
+
+    def __init__(self, dim: int):
+        super().__init__(nn.Linear(self.features, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, times: Real[Tensor, "t"]) -> Float[Tensor, "t d"]:
+        features = time_features(times.float(), self.features, highest=1.0, span=10000.0)
+        return super().forward(features.to(self[0].weight.dtype))
 
 
 def learned_table(length: int, width: int) -> nn.Parameter:

@@ -8,15 +8,23 @@ from torch import Tensor
 def rotary_table(
     shape: tuple[int, ...], head_dim: int, base: float = 10000.0
 ) -> Float[Tensor, "2 n d"]:
-    """Return the factors of each channel at each position of `shape`, raster order: cosines, and
-    sines that are negative for the first channel of each pair (2j, 2j + 1).
+    """Return the factors of each channel at each position of `shape`, raster order."""
+    axes = (torch.arange(n) for n in shape)
+    coordinates = torch.cartesian_prod(*axes).view(-1, len(shape))
+    return rotary_factors(coordinates.float(), head_dim, base)
+
+
+def rotary_factors(
+    coordinates: Float[Tensor, "n axes"], head_dim: int, base: float = 10000.0
+) -> Float[Tensor, "2 n d"]:
+    """Return the factors of each channel at each point: cosines, and sines that are negative for
+    the first channel of each pair (2j, 2j + 1).
 
     The pairs are shared out equally among the axes, in order; along one axis, pair i of its share
-    turns by index * base^(-i / share). Pairs left over do not turn.
+    turns by coordinate * base^(-i / share). Pairs left over do not turn.
     """
-    share = head_dim // (2 * len(shape))
+    share = head_dim // (2 * coordinates.shape[1])
     frequencies = base ** (-torch.arange(share, dtype=torch.float32) / share)
-    coordinates = torch.cartesian_prod(*(torch.arange(n) for n in shape)).view(-1, len(shape))
     turning = (coordinates[:, :, None] * frequencies).flatten(1)
     angles = torch.nn.functional.pad(turning, (0, head_dim // 2 - turning.shape[1]))
     sin = angles.sin()

@@ -24,10 +24,10 @@ def fused_flex_attention():
 
 class Attention(nn.Module):
     """Multi-head attention with rotary positions and, where `num_kv_heads` is smaller, grouped
-    keys and values (Ainslie et al., 2023). By default no biases. `qk_norm` normalises queries and
-    keys over a head before they are turned (Dehghani et al., 2023, arXiv:2302.05442); `scale`
-    multiplies their products, by default by one over the root of the head's width;
-    `weight_dropout` is of the attention weights, in training."""
+    keys and values (Ainslie et al., 2023). By default no biases; `out_bias` where the output's
+    differs. `qk_norm` normalises queries and keys over a head before they are turned (Dehghani et
+    al., 2023, arXiv:2302.05442); `scale` multiplies their products, by default by one over the root
+    of the head's width; `weight_dropout` is of the attention weights, in training."""
 
     def __init__(
         self,
@@ -39,11 +39,12 @@ class Attention(nn.Module):
         scale: float | None = None,
         bias: bool = False,
         weight_dropout: float = 0.0,
+        out_bias: bool | None = None,
     ):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
         self.qkv = Linear(dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias)
-        self.out = Linear(num_heads * self.head_dim, dim, bias)
+        self.out = Linear(num_heads * self.head_dim, dim, bias if out_bias is None else out_bias)
         self.dropout, self.weight_dropout = nn.Dropout(dropout), weight_dropout
         self.q_norm = qk_norm(self.head_dim) if qk_norm else None
         self.k_norm = qk_norm(self.head_dim) if qk_norm else None
