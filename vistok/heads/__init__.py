@@ -2,5 +2,6 @@
 
 from vistok.heads.base import Head, ValueHead
 from vistok.heads.categorical import CategoricalHead
+from vistok.heads.diffusion import DiffusionHead
 
-__all__ = ["CategoricalHead", "Head", "ValueHead"]
+__all__ = ["CategoricalHead", "DiffusionHead", "Head", "ValueHead"]
