@@ -21,7 +21,7 @@ _MODULES = {
         "Tokenizer",
         "TwoStageTiTok",
     ],
-    "vistok.heads": ["CategoricalHead"],
+    "vistok.heads": ["CategoricalHead", "DiffusionHead"],
     "vistok.generators": ["NAR", "PAR", "RAR", "Captions", "Generator", "LlamaGen", "MaskGIT"],
     "vistok.decoding": ["Noise", "Order", "Plan", "Schedule", "decode"],
 }
