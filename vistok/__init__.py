@@ -8,7 +8,7 @@ import importlib
 _MODULES = {
     "vistok.tokens": ["TokenSpec"],
     "vistok.pipelines": ["ImagePipeline"],
-    "vistok.quantizers": ["FSQ", "Gaussian", "StochasticVQ", "VQ"],
+    "vistok.quantizers": ["FSQ", "DimensionWise", "Gaussian", "StochasticVQ", "VQ"],
     "vistok.tokenizers": [
         "LARP",
         "ConvTokenizer",
@@ -21,8 +21,23 @@ _MODULES = {
         "Tokenizer",
         "TwoStageTiTok",
     ],
-    "vistok.heads": ["CategoricalHead", "DiffusionHead"],
-    "vistok.generators": ["NAR", "PAR", "RAR", "Captions", "Generator", "LlamaGen", "MaskGIT"],
+    "vistok.heads": [
+        "CategoricalHead",
+        "DiffusionHead",
+        "DimensionWiseHead",
+        "FlowTransformerHead",
+    ],
+    "vistok.generators": [
+        "MAR",
+        "NAR",
+        "PAR",
+        "RAR",
+        "Captions",
+        "FlowAR",
+        "Generator",
+        "LlamaGen",
+        "MaskGIT",
+    ],
     "vistok.decoding": ["Noise", "Order", "Plan", "Schedule", "decode"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

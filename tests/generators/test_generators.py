@@ -1,4 +1,4 @@
-"""Every exported generator, in tiny form."""
+"""Every exported generator of ids, in tiny form."""
 
 import inspect
 import re
@@ -30,7 +30,7 @@ SIZES = {"dim": 48, "depth": 2, "num_heads": 4}
 EXPORTED = [
     c
     for c in (getattr(vistok, name) for name in vistok.__all__)
-    if inspect.isclass(c) and issubclass(c, Generator) and c is not Generator
+    if inspect.isclass(c) and issubclass(c, Generator) and c is not Generator and "ids" in c.kinds
 ]
 VARIANTS = {
     LlamaGen: [

@@ -2,18 +2,22 @@
 
 from vistok.generators.base import Generator, GeneratorOutput
 from vistok.generators.conditions import Captions, Condition
+from vistok.generators.flowar import FlowAR
 from vistok.generators.llamagen import LlamaGen
+from vistok.generators.mar import MAR
 from vistok.generators.maskgit import MaskGIT
 from vistok.generators.nar import NAR
 from vistok.generators.par import PAR
 from vistok.generators.rar import RAR
 
 __all__ = [
+    "MAR",
     "NAR",
     "PAR",
     "RAR",
     "Captions",
     "Condition",
+    "FlowAR",
     "Generator",
     "GeneratorOutput",
     "LlamaGen",
