@@ -3,5 +3,6 @@
 from vistok.heads.base import Head, ValueHead
 from vistok.heads.categorical import CategoricalHead
 from vistok.heads.diffusion import DiffusionHead
+from vistok.heads.flow_transformer import FlowTransformerHead
 
-__all__ = ["CategoricalHead", "DiffusionHead", "Head", "ValueHead"]
+__all__ = ["CategoricalHead", "DiffusionHead", "FlowTransformerHead", "Head", "ValueHead"]
