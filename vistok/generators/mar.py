@@ -115,7 +115,7 @@ class MAR(Generator):
         n, values = self.decoded.num_tokens, self.decoded.dim
 
         def blocks(width: int, count: int, heads: int) -> nn.ModuleList:
-            sizes = {"hidden_width": int(mlp_ratio * width), "dropout": dropout}
+            sizes = {"hidden_width": round(mlp_ratio * width), "dropout": dropout}
             return nn.ModuleList(
                 TransformerBlock(width, heads, norm_eps=norm_eps, **sizes) for _ in range(count)
             )
