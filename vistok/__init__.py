@@ -32,6 +32,7 @@ _MODULES = {
         "NAR",
         "PAR",
         "RAR",
+        "XAR",
         "Captions",
         "FlowAR",
         "Generator",

@@ -40,9 +40,12 @@ class Gaussian(Quantizer):
         return TokenSpec.latents(tuple(shape), self.dim, ordered)
 
     def forward(self, latents: Float[Tensor, "b *positions m"]) -> Quantized:
-        divergence = self.divergence(latents).flatten(1).sum(1).mean()
         drawn = self.encode(latents, sample=self.training)
-        return Quantized(drawn, drawn.detach(), {"kl": self.kl * divergence})
+        return Quantized(drawn, drawn.detach(), self.losses(latents))
+
+    def losses(self, latents: Float[Tensor, "b *positions m"]) -> dict[str, Tensor]:
+        """Return the divergence of an image, a mean over the batch, by its weight."""
+        return {"kl": self.kl * self.divergence(latents).flatten(1).sum(1).mean()}
 
     def encode(
         self,
