@@ -190,6 +190,18 @@ class Plan:
         rank = torch.cat([torch.full_like(fed.predict, t) for t, fed in enumerate(self.passes)])
         return rank[torch.cat([fed.predict for fed in self.passes]).argsort()]
 
+    @cached_property
+    @torch.inference_mode(False)
+    def joint(self) -> Pass:
+        """All positions as rows of one pass, in the order of decoding, each seeing those of its own
+        set and of the sets before: what models see in training that are fed a set along with
+        predicting it."""
+        positions = torch.cat([fed.predict for fed in self.passes])
+        rank = self.rank_of_position[positions].tolist()
+        rows = [[row] for row in range(len(rank))]
+        fed = Pass.of(rank, positions.tolist(), rows, tokens=positions.tolist())
+        return fed.to(positions.device)
+
     # Plans outlive the call that first asks for them: their tensors must serve training, too, even
     # where that call runs in inference mode.
     @lru_cache(maxsize=64)  # noqa: B019 - plans are few, cached and live as long as the program

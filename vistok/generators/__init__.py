@@ -9,12 +9,14 @@ from vistok.generators.maskgit import MaskGIT
 from vistok.generators.nar import NAR
 from vistok.generators.par import PAR
 from vistok.generators.rar import RAR
+from vistok.generators.xar import XAR
 
 __all__ = [
     "MAR",
     "NAR",
     "PAR",
     "RAR",
+    "XAR",
     "Captions",
     "Condition",
     "FlowAR",

@@ -35,11 +35,11 @@ def time_features(
     [0, 1], down to `highest / span`; an odd `dim` ends in zero.
 
     The angles are so large that float32 rounds them visibly: the order of the products is that of
-    the published models.
+    the published models, and exponentials are rounded once, lest they depend on the machine.
     """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=times.device) / half
-    frequencies = highest * torch.exp(-math.log(span) * exponents)
+    frequencies = highest * (-math.log(span) * exponents).double().exp().float()
     angles = times.float()[:, None] * frequencies
     features = torch.cat([angles.cos(), angles.sin()], dim=1)
     return torch.nn.functional.pad(features, (0, dim % 2))
