@@ -164,8 +164,7 @@ class FlowAR(Generator):
         x = torch.cat([self.rows(condition, before, side) for before, side in fed], dim=1)
         rank = self.plan().to(x.device).rank_of_position
         places = torch.arange(len(rank), device=x.device)
-        modulations = self.trunk.modulations(self.condition(condition))
-        hidden = self.trunk(x, places, modulations, mask=rank <= rank[:, None])
+        hidden = self.trunk(x, places, self.condition(condition), mask=rank <= rank[:, None])
         return (hidden + self.output_position).split(self.sizes, dim=1)
 
     def rows(
@@ -198,3 +197,8 @@ class FlowAR(Generator):
         hidden = self.trunk(x, places, state.modulations, caches=state.cache)
         state.cache.advance(len(places))
         return hidden + self.output_position[places]
+
+    def compile_decoding(self, **options) -> None:
+        # Scales differ in size and the null half comes and goes: one graph of dynamic sizes for all.
+        self.trunk.compile(dynamic=True, **options)
+        self.head.compile(dynamic=True, **options)

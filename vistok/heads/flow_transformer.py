@@ -175,11 +175,11 @@ class FlowTransformerHead(ValueHead):
         attended = [block.attended(hidden, rotary) for block in self.blocks]
         return Given(self.condition(hidden), attended, rotary)
 
-    def velocity(
+    def forward(
         self, x: Float[Tensor, "b s c"], time: Float[Tensor, "_ 1 w"], given: Given
     ) -> Float[Tensor, "b s c"]:
-        """Return noise less data at points `x` of the flow; `time` is embedded, one for each sample
-        or for all."""
+        """Return the velocity, noise less data, at points `x` of the flow; `time` is embedded, one
+        for each sample or for all."""
         h = self.input(x.to(self.input.weight.dtype))
         for block, attended in zip(self.blocks, given.attended, strict=True):
             h = block(h, time, given, attended)
@@ -203,8 +203,7 @@ class FlowTransformerHead(ValueHead):
         with torch.autocast(hidden.device.type, enabled=False):
             x = torch.lerp(target, noise, times[:, None, None])
             time = self.time_embedding(time_id(times))[:, None]
-            velocity = self.velocity(x, time, self.given(hidden))
-            return (velocity - (noise - target)).square().mean(-1)
+            return (self(x, time, self.given(hidden)) - (noise - target)).square().mean(-1)
 
     def draw_noise(
         self, noise: Noise, num_tokens: int, sampling: Sampling = PLAIN, budget: int = 1
@@ -237,8 +236,8 @@ class FlowTransformerHead(ValueHead):
 
             def velocity(x: Tensor, step: int) -> Tensor:
                 if not guides[step]:
-                    return self.velocity(x, embedded[step], conditional)
-                halves = self.velocity(x.repeat(2, 1, 1), embedded[step], both).chunk(2)
+                    return self(x, embedded[step], conditional)
+                halves = self(x.repeat(2, 1, 1), embedded[step], both).chunk(2)
                 return torch.lerp(halves[1], halves[0], scale)
 
             return integrate(velocity, noise * sampling.temperature, sampler, budget)

@@ -3,11 +3,13 @@ arXiv:2412.15205): two stacks of gated blocks over the same rows, of which each 
 positions and may have heads of its own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from vistok.layers.cache import KVCache
 from vistok.layers.gated_transformer import EPS, GatedBlock
@@ -42,13 +44,13 @@ class Stack(nn.Module):
         self,
         x: Float[Tensor, "b r d"],
         places: Int64[Tensor, "r"],
-        modulations: list[Float[Tensor, "_ _ 6 d"]],
-        mask: Bool[Tensor, "r end"] | None,
+        by: Sequence[Tensor],
+        mask: Bool[Tensor, "r end"] | BlockMask | None,
         cache: KVCache | None,
     ) -> Float[Tensor, "b r d"]:
         rotary = self.rotary[:, places]
         for layer, block in enumerate(self.blocks):
-            x = block(x, modulations[layer], rotary=rotary, mask=mask, cache=cache, layer=layer)
+            x = block(x, by[layer], rotary=rotary, mask=mask, cache=cache, layer=layer)
         return self.norm(x)
 
 
@@ -73,8 +75,8 @@ class Caches:
 
 
 class GatedTrunk(nn.Module):
-    """An encoder and a decoder, both over the same rows; `encoder` and `decoder` are depth and heads
-    of each, `coordinates` those of all positions."""
+    """An encoder and a decoder, both over the same rows, which lie at `coordinates`; `encoder` and
+    `decoder` are depth and heads of each."""
 
     def __init__(
         self,
@@ -101,17 +103,20 @@ class GatedTrunk(nn.Module):
         self,
         x: Float[Tensor, "b r d"],
         places: Int64[Tensor, "r"],
-        modulations: list[Float[Tensor, "_ _ 6 d"]],
-        mask: Bool[Tensor, "r end"] | None = None,
+        by: Float[Tensor, "_ _ d"] | list[Float[Tensor, "_ _ 6 d"]],
+        mask: Bool[Tensor, "r end"] | BlockMask | None = None,
         caches: Caches | None = None,
     ) -> Float[Tensor, "b r d"]:
-        """`places` are the positions of the rows."""
+        """`places` are the positions of the rows; `by` are conditions of runs of rows, or what they
+        modulate each block by; see `GatedBlock`."""
         of_encoder, of_decoder = (caches.encoder, caches.decoder) if caches else (None, None)
         depth = len(self.encoder.blocks)
+        if isinstance(by, Tensor):
+            by = [by] * (depth + len(self.decoder.blocks))
         x = self.embed_norm(x + self.encoder.position[places])
-        x = self.encoder(x, places, modulations[:depth], mask, of_encoder)
+        x = self.encoder(x, places, by[:depth], mask, of_encoder)
         x = self.decoder_embed(x) + self.decoder.position[places]
-        return self.decoder(x, places, modulations[depth:], mask, of_decoder)
+        return self.decoder(x, places, by[depth:], mask, of_decoder)
 
     def new_caches(self, batch: int, length: int) -> Caches:
         """Return empty caches of so many sequences and rows."""
