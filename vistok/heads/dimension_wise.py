@@ -112,7 +112,7 @@ class DimensionWiseHead(ValueHead):
                 f"DimensionWiseHead: width {width} must be a multiple of num_heads {num_heads}"
             )
         self.width, self.depth, self.num_heads = width, depth, num_heads
-        self.hidden_width = int(hidden_ratio * width)
+        self.hidden_width = round(hidden_ratio * width)
         self.order, self.dropout, self.norm_eps = order, dropout, norm_eps
         self.sampling_adds_first_step = sampling_adds_first_step
         self.quantizer = quantizer
