@@ -199,6 +199,6 @@ class FlowAR(Generator):
         return hidden + self.output_position[places]
 
     def compile_decoding(self, **options) -> None:
-        # Scales differ in size and the null half comes and goes: one graph of dynamic sizes for all.
+        # Scales differ in size and the null half comes and goes: one graph of dynamic sizes serves.
         self.trunk.compile(dynamic=True, **options)
         self.head.compile(dynamic=True, **options)

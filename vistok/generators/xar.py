@@ -127,7 +127,8 @@ class XAR(Generator):
         self.spec, self.class_names, self.order = spec, tuple(class_names), Order(order)
         if self.order.name not in ENTITIES:
             raise UserError(f"XAR decodes entities, {', '.join(ENTITIES)}, not by {order}")
-        self.condition_dropout, self.flow_times = condition_dropout, FlowTimes(flow_times)
+        self.dropout, self.condition_dropout = dropout, condition_dropout
+        self.flow_times = FlowTimes(flow_times)
         self.condition = ClassCondition(len(class_names), dim)
         self.time_embedding = TimeEmbedding(dim)
         self.latent_embed = Linear(spec.dim, dim, bias=True)
@@ -210,14 +211,14 @@ class XAR(Generator):
         given the points of those before."""
         plan = self.plan().to(x.device)
         rows = plan.joint
-        sizes = [len(fed.predict) for fed in plan.passes]
-        by_entity = self.trunk.modulations(self.conditions(condition, time_id(times)))
-        velocity = self.transformer(
-            x[:, rows.tokens],
-            rows.tokens,
-            [spread(numbers, sizes) for numbers in by_entity],
-            mask=rows.block_mask if x.is_cuda and rows.mask is not None else rows.mask,
-        )
+        conditions = self.conditions(condition, time_id(times))
+        if len({len(fed.predict) for fed in plan.passes}) > 1:
+            conditions = conditions[:, plan.rank_of_position[rows.tokens]]
+        mask = rows.mask
+        # FlexAttention knows no dropout.
+        if mask is not None and x.is_cuda and not (self.training and self.dropout):
+            mask = rows.block_mask
+        velocity = self.transformer(x[:, rows.tokens], rows.tokens, conditions, mask=mask)
         return velocity[:, rows.tokens.argsort()]
 
     def conditions(
@@ -231,11 +232,12 @@ class XAR(Generator):
         self,
         x: Float[Tensor, "b r c"],
         places: Int64[Tensor, "r"],
-        modulations: list[Float[Tensor, "b _ 6 d"]],
+        by: Float[Tensor, "b _ d"] | list[Float[Tensor, "b 1 6 d"]],
         **attention,
     ) -> Float[Tensor, "b r c"]:
+        """Return the velocity of rows at `places`; `by` is what modulates them, as of the trunk."""
         hidden = self.latent_embed(x.to(self.latent_embed.weight.dtype))
-        return self.output(self.trunk(hidden, places, modulations, **attention)).float()
+        return self.output(self.trunk(hidden, places, by, **attention)).float()
 
     def new_state(self, rows: int, plan: Plan) -> DecodingState:
         return DecodingState(self.trunk.new_caches(rows, self.decoded.num_tokens))
@@ -305,11 +307,3 @@ class XAR(Generator):
     def compile_decoding(self, **options) -> None:
         # The context grows by an entity a pass: one graph of dynamic length serves them all.
         self.transformer = torch.compile(self.transformer, dynamic=True, **options)
-
-
-def spread(numbers: Float[Tensor, "b k 6 d"], sizes: Sequence[int]) -> Float[Tensor, "b _ 6 d"]:
-    """Return those of each row, of which an entity has so many."""
-    if len(set(sizes)) == 1:
-        return numbers.repeat_interleave(sizes[0], dim=1)
-    parts = zip(numbers.split(1, dim=1), sizes, strict=True)
-    return torch.cat([part.expand(-1, size, -1, -1) for part, size in parts], dim=1)

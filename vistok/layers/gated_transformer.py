@@ -64,10 +64,17 @@ class GatedBlock(nn.Module):
         return self.modulation(silu(condition)).unflatten(-1, (6, -1))
 
     def forward(
-        self, x: Float[Tensor, "b r d"], modulation: Float[Tensor, "_ _ 6 d"], **attention
+        self,
+        x: Float[Tensor, "b r d"],
+        by: Float[Tensor, "_ _ d"] | Float[Tensor, "_ _ 6 d"],
+        **attention,
     ) -> Float[Tensor, "b r d"]:
-        """`modulation` holds one for each row, or one for all; `attention` are arguments of
-        `Attention`."""
+        """`by` modulates as many runs of rows, all of one length: conditions or, made beforehand,
+        modulations. `attention` are arguments of `Attention`."""
+        # Training leaves it to the block, whose weights FSDP serves only here.
+        modulation = self.modulate(by) if by.ndim == 3 else by
+        if modulation.shape[1] > 1:
+            modulation = modulation.repeat_interleave(x.shape[1] // modulation.shape[1], dim=1)
         gate, mlp_gate, scale, mlp_scale, shift, mlp_shift = modulation.unbind(-2)
         x = x + gate * self.attention(modulated(x, scale, shift), **attention)
         return x + mlp_gate * self.feed_forward(modulated(x, mlp_scale, mlp_shift))
