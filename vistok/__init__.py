@@ -25,6 +25,7 @@ _MODULES = {
         "CategoricalHead",
         "DiffusionHead",
         "DimensionWiseHead",
+        "FlowHead",
         "FlowTransformerHead",
     ],
     "vistok.generators": [

@@ -17,7 +17,7 @@ from vistok.decoding.samplers import Sampler
 from vistok.decoding.sampling import Sampling
 from vistok.decoding.schedules import Schedule
 from vistok.heads.base import PLAIN, ValueHead
-from vistok.layers.denoiser import Denoiser
+from vistok.layers.denoiser import Denoiser, guided
 from vistok.models import register_to_config
 from vistok.tokens import TokenSpec
 
@@ -106,7 +106,8 @@ class DiffusionHead(ValueHead):
         sampling: Sampling,
         budget: int,
     ) -> Float[Tensor, "b s c"]:
-        *_, x = self.path(hidden, null, scale, noise, sampling, budget)
+        with torch.autocast(hidden.device.type, enabled=False):
+            *_, x = self.path(hidden, null, scale, noise, sampling, budget)
         return x
 
     def path(
@@ -120,16 +121,14 @@ class DiffusionHead(ValueHead):
     ) -> Iterator[Float[Tensor, "b s c"]]:
         """Yield what `sample` has after each step."""
         chain = self.chain(sampling, budget)
-        x, *added = noise.unbind(2)
-        added = [sampling.temperature * n for n in added] + [None] * (len(chain) - chain.draws)
-        halves = hidden[None] if null is None else torch.stack([hidden, null])
-        with torch.autocast(x.device.type, enabled=False):
-            networks = self.net.at(chain.times(x.device), halves.float())
-            for step, network, fresh in zip(chain.steps, networks, added, strict=True):
-                eps, v = network(x).chunk(2, dim=-1)
-                guided = eps[0] if null is None else torch.lerp(eps[1], eps[0], scale)
-                x = step(x, guided, v[0], fresh)
-                yield x
+        x, *fresh = noise.unbind(2)
+        fresh = [sampling.temperature * normal for normal in fresh]
+        fresh += [None] * (len(chain) - chain.draws)
+        networks = self.net.at(chain.times(x.device), hidden, null)
+        for step, network, normal in zip(chain.steps, networks, fresh, strict=True):
+            eps, v = network(x).chunk(2, dim=-1)
+            x = step(x, guided(eps, scale), v[0], normal)
+            yield x
 
 
 @lru_cache(maxsize=8)
@@ -160,7 +159,7 @@ def gaussian_divergence(
 
 
 def binned_log_likelihood(
-    target: Float[Tensor, "*rows c"],
+    target: Float[Tensor, "*some c"],
     distance: Float[Tensor, "*rows c"],
     log_variance: Float[Tensor, "*rows c"],
 ) -> Float[Tensor, "*rows c"]:

@@ -97,12 +97,22 @@ class Denoiser(nn.Module):
         return self.output(torch.addcmul(shift, normed, scale)).float()
 
     def at(
-        self, times: Real[Tensor, "t"], hidden: Float[Tensor, "*rows d"]
+        self,
+        times: Real[Tensor, "t"],
+        hidden: Float[Tensor, "*rows d"],
+        null: Float[Tensor, "*rows d"] | None = None,
     ) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Yield, for each of `times`, the network as a function of the tokens alone."""
-        condition = self.condition(hidden.to(self.condition.weight.dtype))
+        """Yield, for each of `times`, the network as a function of the tokens (*rows, c) alone. It
+        returns (1, *rows, o) or, with the hidden states of the null condition, (2, *rows, o)."""
+        halves = hidden[None] if null is None else torch.stack([hidden, null])
+        condition = self.condition(halves.to(self.condition.weight.dtype))
         rows = max(1, condition[..., 0].numel())
         for some in self.time(times).split(max(1, ROWS_AHEAD // rows)):
-            embedded = some.view(len(some), *[1] * (condition.ndim - 1), -1)
+            embedded = some.view(len(some), *[1] * hidden.ndim, -1)
             for modulation in self.modulation(silu(condition + embedded)):
                 yield partial(self.denoised, modulation=modulation)
+
+
+def guided(halves: Float[Tensor, "h *rows c"], scale: float) -> Float[Tensor, "*rows c"]:
+    """Return the conditional prediction, the first, led away from the null one if there is one."""
+    return halves[0] if len(halves) == 1 else torch.lerp(halves[1], halves[0], scale)
