@@ -150,7 +150,7 @@ class XAR(Generator):
 
     def plan(self, order: Order | None = None) -> Plan:
         if order not in (None, self.order):
-            raise UserError(f"XAR was trained in order {self.order}, it decodes not by {order}")
+            raise UserError(f"XAR was trained for {self.order} and decodes by it, not by {order}")
         return self.order(self.spec.shape)
 
     @property
