@@ -47,9 +47,9 @@ class ChannelBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Float[Tensor, "n r w"], modulation: Float[Tensor, "n r 6 w"], **attention
+        self, x: Float[Tensor, "n r w"], modulation: Float[Tensor, "n r w6"], **attention
     ) -> Float[Tensor, "n r w"]:
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unbind(2)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)
         h = torch.addcmul(shift, self.attention_norm(x), 1 + scale)
         x = torch.addcmul(x, gate, self.attention(h, **attention))
         h = torch.addcmul(mlp_shift, self.mlp_norm(x), 1 + mlp_scale)
@@ -203,25 +203,24 @@ class DimensionWiseHead(ValueHead):
 
     def conditioned(
         self, hidden: Float[Tensor, "n d"]
-    ) -> tuple[Float[Tensor, "n w"], Float[Tensor, "n c m w"]]:
+    ) -> tuple[Float[Tensor, "n w"], Float[Tensor, "n c m"]]:
         """Return the conditions of tokens, and what modulates their rows."""
         condition = self.condition(hidden.to(self.condition.weight.dtype))
         steps = F.silu(condition[:, None] + self.step_embedding)
-        return condition, self.modulation(steps).unflatten(-1, (-1, self.width))
+        return condition, self.modulation(steps)
 
     def transformer(
         self,
         x: Float[Tensor, "n r w"],
-        modulations: Float[Tensor, "n c m w"],
+        modulations: Float[Tensor, "n c m"],
         rows: slice,
         **attention,
     ) -> Float[Tensor, "n r v"]:
         """Return what `rows`, embedded as `x`, predict."""
-        numbers = modulations[:, rows]
-        for layer, block in enumerate(self.blocks):
-            at = slice(6 * layer, 6 * layer + 6)
-            x = block(x, numbers[:, :, at], layer=layer, **attention)
-        scale, shift = numbers[:, :, -2:].unbind(2)  # in this order here
+        *by_block, last = modulations[:, rows].split(6 * self.width, dim=-1)
+        for layer, (block, modulation) in enumerate(zip(self.blocks, by_block, strict=True)):
+            x = block(x, modulation, layer=layer, **attention)
+        scale, shift = last.chunk(2, dim=-1)  # in this order here
         normed = F.layer_norm(self.norm(x), (self.width,), eps=self.norm_eps)
         return self.digit_logits(torch.addcmul(shift, normed, 1 + scale), rows)
 
