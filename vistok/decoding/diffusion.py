@@ -130,21 +130,25 @@ class Chain:
 def chain(sampler: Sampler, steps: int) -> Chain:
     """Return the chain by which `sampler` draws in `steps` steps, or in fewer where its spelling
     says so; raise `UserError` where there is none."""
-    where = f"sampler '{sampler}' with {steps} step(s)"
-    if steps < 1:
-        raise UserError(f"{where}: needs 1 or more")
     if sampler.name in ("dpm", "dpm_pp"):
+        if steps < 1:
+            raise unfit(sampler, steps, "takes 1 or more")
         return solver_chain(steps)
-    times = tuple(kept_times(sampler, steps, where))
-    return ddim_chain(Process(times)) if sampler.name == "ddim" else ancestral_chain(times, where)
+    process = Process(tuple(kept_times(sampler, steps)))
+    if sampler.name == "ddim":
+        return ddim_chain(process)
+    if len(process.times) < 2:
+        raise unfit(sampler, steps, "an ancestral chain takes 2 steps or more")
+    return ancestral_chain(process)
 
 
-def ancestral_chain(times: tuple[int, ...], where: str) -> Chain:
+def unfit(sampler: Sampler, steps: int, reason: str) -> UserError:
+    return UserError(f"sampler '{sampler}' in {steps} step(s): {reason}")
+
+
+def ancestral_chain(process: Process) -> Chain:
     """Draws from the posterior, whose log-variance the network interpolates up to that of the
     forward step."""
-    if len(times) < 2:
-        raise UserError(f"{where}: leaves {len(times)} time(s), an ancestral chain needs 2 or more")
-    process = Process(times)
     # The mean weighs the sample and the data, which themselves are of the sample and the noise.
     data = process.data_weight
     keep = process.sample_weight + data / process.alphas_cumprod.sqrt()
@@ -152,7 +156,8 @@ def ancestral_chain(times: tuple[int, ...], where: str) -> Chain:
     # Half the log-variance, v running from -1 to 1.
     level = (process.betas.log() + process.log_variance) / 4
     spread = (process.betas.log() - process.log_variance) / 4
-    return Chain(backwards(times, keep, remove, level, spread), draws=len(times) - 1)
+    steps = backwards(process.times, keep, remove, level, spread)
+    return Chain(steps, draws=len(steps) - 1)
 
 
 def ddim_chain(process: Process) -> Chain:
@@ -190,33 +195,33 @@ def backwards(times: Sequence[int], *numbers: Float[Tensor, "t"]) -> tuple[Step,
     return tuple(Step(float(time), *row) for time, *row in reversed(list(rows)))
 
 
-def kept_times(sampler: Sampler, steps: int, where: str) -> list[int]:
+def kept_times(sampler: Sampler, steps: int) -> list[int]:
     """Return the times of training, ascending, at which a chain calls the network."""
-    if any(number != int(number) for number in sampler.numbers):
-        raise UserError(f"{where}: takes whole numbers")
     numbers = [int(number) for number in sampler.numbers]
+    if numbers != list(sampler.numbers):
+        raise unfit(sampler, steps, "takes whole numbers")
     if sampler.name == "sections":
-        return section_times(numbers, where)
+        return section_times(sampler, numbers)
     latest = numbers[0] if numbers else NUM_TIMES - 1
     if not 0 < latest < NUM_TIMES:
-        raise UserError(f"{where}: begins at {latest}, which is not from 1 to {NUM_TIMES - 1}")
+        raise unfit(sampler, steps, f"begins at a time from 1 to {NUM_TIMES - 1}")
     if sampler.name == "ddpm":
-        times = section_times([steps], where)
+        times = section_times(sampler, [steps])
     else:
-        times = strided_times(steps, where, shorten=bool(numbers))
+        times = strided_times(sampler, steps)
     return sorted({min(time, latest) for time in times})
 
 
-def section_times(counts: Sequence[int], where: str) -> list[int]:
-    """Return evenly spaced times of each of equal sections, the first of which take what is left
-    over. Positions add up before they are rounded, half to even, as in the released code: a grid
-    rounded at once has other times for some counts."""
+def section_times(sampler: Sampler, counts: Sequence[int]) -> list[int]:
+    """Return so many evenly spaced times of each of equal sections, the first of which take what is
+    left over. Positions add up before they are rounded, half to even, as in the released code: a
+    grid that is rounded at once has other times for some counts."""
     size, over = divmod(NUM_TIMES, len(counts))
     times, start = [], 0
     for section, count in enumerate(counts):
         length = size + (section < over)
         if not 0 <= count <= length:
-            raise UserError(f"{where}: {count} steps in a section of {length} times")
+            raise unfit(sampler, sum(counts), f"a section of {length} times takes 0 to {length}")
         position, stride = 0.0, (length - 1) / max(1, count - 1)
         for _ in range(count):
             times.append(start + round(position))
@@ -225,14 +230,16 @@ def section_times(counts: Sequence[int], where: str) -> list[int]:
     return times
 
 
-def strided_times(steps: int, where: str, shorten: bool) -> list[int]:
-    """Return the multiples of the smallest stride of which exactly so many lie in the process, or,
-    to `shorten` it, in the longest part of it for which there is one."""
-    for end in range(NUM_TIMES, 1, -1) if shorten else [NUM_TIMES]:
+def strided_times(sampler: Sampler, steps: int) -> list[int]:
+    """Return the multiples of the smallest stride of which exactly so many lie in the process; if
+    `sampler` names a latest time, in the longest part of the process for which there is one."""
+    for end in range(NUM_TIMES, 1, -1) if sampler.numbers else [NUM_TIMES]:
         for stride in range(1, end):
             if len(range(0, end, stride)) == steps:
                 return list(range(0, end, stride))
-    raise UserError(
-        f"{where}: no stride has so many multiples below {NUM_TIMES}; 10, 20, 25, 50 or 100 fit, "
-        "and ddim(980) takes any number from 2 on"
+    raise unfit(
+        sampler,
+        steps,
+        f"no stride has so many multiples below {NUM_TIMES}; 10, 20, 25, 50 and 100 steps fit, and "
+        f"ddim(980) takes any number from 2 to {NUM_TIMES}",
     )
