@@ -3,7 +3,7 @@ import torch
 
 from vistok.errors import UserError
 from vistok.quantizers import DimensionWise, Gaussian
-from vistok.quantizers.dimension_wise import normal_cells
+from vistok.quantizers.dimension_wise import frequency_sums, normal_cells
 from vistok.tokens import TokenSpec
 
 LEVELS = [2, 7, 16, 64]
@@ -136,3 +136,12 @@ def test_refuses_other_specs(spec, message):
 def test_refuses_sizes(arguments, message):
     with pytest.raises(UserError, match=message):
         DimensionWise(*arguments)
+
+
+def test_frequency_of_waves_is_their_own():
+    x = 2 * torch.pi * torch.arange(8) / 8
+    down, across = torch.cos(3 * x)[:, None].expand(8, 8), 5 + 0.1 * torch.sin(x).expand(8, 8)
+    maps = torch.stack([down, across, down.roll(1, 0) * 7], -1)
+    sums = frequency_sums(torch.stack([maps, 2 * maps]))
+    torch.testing.assert_close(sums[0] / sums[1], torch.tensor([3, 1, 3]).double() / 8)
+    torch.testing.assert_close(sums, frequency_sums(maps[None]) + frequency_sums(2 * maps[None]))

@@ -22,6 +22,7 @@ ARGUMENTS = inspect.signature(runpy.run_path(str(ROOT / "train" / "tokenizer.py"
 PUBLISHED = {
     "vq16": 71_883_403,
     "vq8": 70_109_835,
+    "kl16": 66_456_019,
     "titok_s128_stage1": (25.8, 27.0, None),
     "titok_s128_stage2": (25.8, 27.0, 83.7),
     "titok_b64_stage1": (85.9, 88.1, None),

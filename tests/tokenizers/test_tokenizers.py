@@ -94,7 +94,7 @@ def loss_of(output: TokenizerOutput) -> torch.Tensor:
 
 def test_every_exported_tokenizer_is_tried():
     exported = (getattr(tokenizers, name) for name in tokenizers.__all__)
-    bases = (Tokenizer, QuantizedTokenizer, KLTokenizer)  # the last makes latents: test_flextok.py
+    bases = (Tokenizer, QuantizedTokenizer, KLTokenizer)  # the last makes latents: test_kl.py
     concrete = {c for c in exported if issubclass(c, Tokenizer) and c not in bases}
     assert {type(make(FSQ([8, 5, 4]))) for make in TOKENIZERS.values()} == concrete
 

@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 
+from vistok.checkpoints import kl
 from vistok.checkpoints.files import Weights, load, rename
 from vistok.checkpoints.llamagen import names_of
 from vistok.errors import CheckpointError
 from vistok.generators import LlamaGen
-from vistok.quantizers import FSQ, Gaussian
-from vistok.tokenizers import FlexTok, KLAutoencoder, KLTokenizer
+from vistok.quantizers import FSQ
+from vistok.tokenizers import FlexTok, KLTokenizer
 from vistok.tokens import TokenSpec
 
 LEVELS = (8, 8, 8, 5, 5, 5)
+VAE = "vae.vae."  # what the names of the autoencoder's tensors begin with, here and there
 BLOCKS = (
     (r"\.attn\.wq\.", ".attention.q."),
     (r"\.attn\.wk\.", ".attention.k."),
@@ -65,11 +67,11 @@ def convert(
     weights: Weights, where: str = "weights", **options: Any
 ) -> FlexTok | KLTokenizer | LlamaGen:
     """Return the tokenizer, the autoencoder or the generator that has these weights; see
-    `tokenizer`, `kl_tokenizer` and `generator` for the options of each."""
+    `tokenizer`, `kl.tokenizer` and `generator` for the options of each."""
     if any(name.startswith("models.ar_image_model.") for name in weights):
         return generator(weights, where=where, **options)
     is_alone = "post_quant_conv.weight" in weights
-    return (kl_tokenizer if is_alone else tokenizer)(weights, where=where, **options)
+    return (kl.tokenizer if is_alone else tokenizer)(weights, where=where, **options)
 
 
 def tokenizer(
@@ -106,7 +108,8 @@ def tokenizer(
     try:
         weights = join_matrices(rename(weights, TOKENIZER, where))
         weights["decoder.positions"] = weights["decoder.positions"][0, 0].t()
-        vae = autoencoder(weights, scaling_factor, norm_groups)
+        of_vae = {k.removeprefix(VAE): v for k, v in weights.items() if k.startswith(VAE)}
+        vae = kl.autoencoder(of_vae, scaling_factor, norm_groups=norm_groups) if of_vae else None
         side = patch_size * (1 if vae is None else vae.factor)
         places = [f"{part}.patches.positions" for part in ("encoder", "decoder")]
         largest = [side * n for n in map(min, *(weights[name].shape[2:] for name in places))]
@@ -128,27 +131,6 @@ def tokenizer(
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{where}: not a FlexTok ({error})") from error
     model = FlexTok(FSQ(list(levels)), vae, patch_size=patch_size, **sizes, **arguments)
-    load(model, weights, where)
-    return model
-
-
-def kl_tokenizer(
-    weights: Weights,
-    image_size: int | Sequence[int] = 256,
-    scaling_factor: float | None = None,
-    norm_groups: int = 32,
-    where: str = "weights",
-) -> KLTokenizer:
-    """Return the autoencoder of diffusers' `AutoencoderKL` that has these weights; for the
-    arguments see `tokenizer`."""
-    weights = {f"vae.vae.{name}": tensor for name, tensor in weights.items()}
-    try:
-        vae = autoencoder(weights, scaling_factor, norm_groups)
-        if vae is None:
-            raise ValueError("it has no down blocks")
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{where}: not an AutoencoderKL ({error})") from error
-    model = KLTokenizer(Gaussian(vae.latent_channels), vae, image_size)
     load(model, weights, where)
     return model
 
@@ -243,24 +225,3 @@ def network_sizes(weights: Weights, part: str, head_dim: int) -> dict[str, int |
 def depth_of(weights: Weights, prefix: str) -> int:
     found = (re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", name) for name in weights)
     return 1 + max(int(match.group(1)) for match in found if match)
-
-
-def autoencoder(
-    weights: Weights, scaling_factor: float | None, norm_groups: int
-) -> KLAutoencoder | None:
-    """Return an autoencoder of the sizes of these weights, None if they hold none; raise
-    `ValueError` for numbers that do not fit them."""
-    down = re.compile(r"vae\.vae\.encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight")
-    found = {match.groups(): weights[name] for name in weights if (match := down.fullmatch(name))}
-    if not found:
-        return None
-    if scaling_factor is None:
-        raise ValueError("its autoencoder needs scaling_factor: give that of its config.json")
-    levels = 1 + max(int(level) for level, _ in found)
-    return KLAutoencoder(
-        len(weights["vae.vae.post_quant_conv.bias"]),
-        [len(found[str(level), "0"]) for level in range(levels)],
-        sum(level == "0" for level, _ in found),
-        norm_groups,
-        scaling_factor,
-    )

@@ -3,12 +3,14 @@
 vistok import llamagen vq_ds16_c2i.pt --out runs/llamagen-l --options.image_size 384
 vistok import llamagen c2i_L_384.pt --out runs/llamagen-l --options.shape "[24,24]"
 vistok import nar c2i_B.pt --out runs/nar-b
+vistok import kl16 kl16.ckpt --out runs/kl16
+vistok import autoencoder-kl sd-vae-ft-mse --out runs/sd-vae --options.image_size 256
 """
 
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-from vistok.checkpoints import flextok, larp, llamagen, maskgit, rar, retok, titok
+from vistok.checkpoints import flextok, kl, larp, llamagen, maskgit, rar, retok, titok
 from vistok.checkpoints.files import ENTRIES, read_weights
 from vistok.decoding import DecodingOptions
 from vistok.errors import UserError
@@ -29,12 +31,25 @@ IMPORTERS = {
     "retok": retok.convert,
     "maskgit": maskgit.generator,
     "rar": rar.generator,
+    "kl16": kl.mar,  # also of TokenBridge, xAR, FlowAR and DiSA
 }
+# Of what is published as a directory, which says how it was made.
+DIRECTORY_IMPORTERS = {"autoencoder-kl": kl.diffusers}
 
 
 def main(
     system: Literal[
-        "llamagen", "par", "nar", "larp", "titok", "flextok", "retok", "maskgit", "rar"
+        "llamagen",
+        "par",
+        "nar",
+        "larp",
+        "titok",
+        "flextok",
+        "retok",
+        "maskgit",
+        "rar",
+        "kl16",
+        "autoencoder-kl",
     ],
     weights: str,
     out: str,
@@ -46,17 +61,21 @@ def main(
 
     Args:
         system: whose weights they are
-        weights: .pt, .pth, .bin, .ckpt or .safetensors file
+        weights: .pt, .pth, .bin, .ckpt or .safetensors file; of an autoencoder-kl the directory or
+            Hub repository
         out: directory of the checkpoint; the model goes into its tokenizer/ or generator/
         options: what the file does not tell, as --options.NAME VALUE; for tokenizers image_size,
             for generators shape (of the tokens, 16x16 by default), num_heads, class_names, ...
         entries: entries of the file of which the first present is taken, as '["ema", "model"]'
         changes: how the generator decodes where it is not told otherwise
     """
-    convert = IMPORTERS[system]
-    state = read_weights(weights, entries or PREFERRED.get(system, ENTRIES))
+    options = options or {}
     try:
-        model = convert(state, where=weights, **(options or {}))
+        if system in DIRECTORY_IMPORTERS:
+            model = DIRECTORY_IMPORTERS[system](weights, **options)
+        else:
+            state = read_weights(weights, entries or PREFERRED.get(system, ENTRIES))
+            model = IMPORTERS[system](state, where=weights, **options)
     except TypeError as error:
         raise UserError(f"--options {options}: {error}") from error
     part = "tokenizer" if isinstance(model, Tokenizer) else "generator"

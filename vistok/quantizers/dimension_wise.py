@@ -4,7 +4,7 @@
 import math
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from vistok.decoding.spelling import read_call
@@ -123,3 +123,15 @@ def normal_cells(
             "distribution: take fewer levels or more deviations"
         )
     return bounds, -density.diff() / mass
+
+
+def frequency_sums(latents: Float[Tensor, "b h w d"]) -> Float64[Tensor, "2 d"]:
+    """Return two sums over the frequencies above 0 of each channel's maps: of power by frequency
+    (cycles per latent) and of power. They add up over batches; the one over the other is the
+    channel's mean frequency. TokenBridge's head draws channels of low frequencies first."""
+    h, w = latents.shape[1:3]
+    power = torch.fft.fft2(latents.double(), dim=(1, 2)).abs().square().sum(0)
+    power[0, 0] = 0
+    rows, columns = (torch.fft.fftfreq(n, device=latents.device).double() for n in (h, w))
+    frequency = torch.hypot(rows[:, None], columns[None]).unsqueeze(-1)
+    return torch.stack([(power * frequency).sum((0, 1)), power.sum((0, 1))])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vistok.decoding.noise import Noise
 from vistok.errors import UserError
 from vistok.models import Model
+from vistok.quantizers import DimensionWise, Gaussian
 from vistok.quantizers.base import Quantizer
 from vistok.tokens import TokenSpec
 
@@ -108,6 +109,13 @@ class Tokenizer(Model):
             )
         self.load_state_dict(weights)
 
+    def changed(self, **arguments) -> "Tokenizer":
+        """Return a tokenizer with other `arguments` and the same weights, which all must fit."""
+        own = self.revive(self.arguments, type(self).__name__)
+        changed = type(self)(**(own | arguments)).train(self.training)
+        changed.take_over(self.state_dict(), type(self).__name__)
+        return nn.Module.to(changed, self.last_layer)
+
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight that makes pixels, for the adaptive weight of the adversarial loss."""
@@ -193,6 +201,17 @@ class QuantizedTokenizer(Tokenizer):
             usage=result.statistics,
             latents=latents.detach(),
         )
+
+    def quantised(self, levels: int = 64, limit: float = 5.0) -> "QuantizedTokenizer":
+        """Return the same tokenizer with `DimensionWise` levels in the place of its continuous
+        latents; raise `UserError` where it has none."""
+        if not isinstance(self.quantizer, Gaussian):
+            raise UserError(
+                f"{type(self).__name__} makes {self.spec}: only tokenizers of continuous latents "
+                "(a Gaussian bottleneck) can be quantised"
+            )
+        kl, dim = self.quantizer.kl, self.quantizer.dim
+        return self.changed(quantizer=DimensionWise(dim, levels, limit, kl=kl))
 
     def update_codebook(self, latents: Float[Tensor, "*positions d"]) -> None:
         self.quantizer.update(latents)
