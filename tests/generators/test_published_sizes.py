@@ -45,7 +45,12 @@ PUBLISHED = {  # exact where the papers or files give exact numbers, otherwise t
     "rar_l": 461.7e6 - 2146 * 1024,
     "rar_xl": 955.4e6 - 2146 * 1280,
     "rar_xxl": 1498.5e6 - 2146 * 1408,
+    "mar_b": 207.9e6,
+    "mar_l": 478.3e6,
+    "mar_l_400ep": 426.4e6,
+    "mar_h": 942.4e6,
 }
+KL16 = TokenSpec.latents((16, 16), 16)
 IMAGENET = {  # tokens of the models whose name begins so; the last part of others' is their size
     "retok": TokenSpec.ids((256,), 16384, ordered=True),
     "maskgit_titok_l32": TokenSpec.ids((32,), 4096),
@@ -54,13 +59,26 @@ IMAGENET = {  # tokens of the models whose name begins so; the last part of othe
     "maskgit_one_d_piece": TokenSpec.ids((256,), 4096, ordered=True),
     "rar": TokenSpec.ids((16, 16), 1024),
     "flexar": TokenSpec.ids((256,), 64000, ordered=True),
+    **dict.fromkeys(("mar", "xar", "flowar"), KL16),
+    "tokenbridge": TokenSpec.factorised((16, 16), (64,) * 16, values="normal(5,3)"),
+}
+EMOJI = {  # likewise; others' are ids
+    **dict.fromkeys(("mar", "xar", "flowar"), TokenSpec.latents((8, 8), 4)),
+    "tokenbridge": TokenSpec.factorised((8, 8), (64,) * 4, values="normal(5,3)"),
 }
 SIDES = {"256": 16, "384": 24, "512": 32}
 
 
+def made(value):
+    """An argument, or the part of a model that it describes."""
+    if isinstance(value, dict) and "class_path" in value:
+        return getattr(vistok, value["class_path"])(**value.get("init_args", {}))
+    return value
+
+
 def build(name: str, config: dict):
     if "emoji" in name:
-        spec, classes = TokenSpec.ids((8, 8), 4096), 9
+        spec, classes = EMOJI.get(name.split("_")[0], TokenSpec.ids((8, 8), 4096)), 9
     elif "video" in name:
         spec, classes = TokenSpec.ids((4, 16, 16), 8192), 101
     elif start := next((start for start in IMAGENET if name.startswith(start)), None):
@@ -69,8 +87,9 @@ def build(name: str, config: dict):
         side = SIDES[name.split("_")[-1]]
         spec, classes = TokenSpec.ids((side, side), 16384), 1000
     family = getattr(vistok, config["generator"]["class_path"])
+    arguments = {name: made(value) for name, value in config["generator"]["init_args"].items()}
     with torch.device("meta"):
-        return family(spec, [str(i) for i in range(classes)], **config["generator"]["init_args"])
+        return family(spec, [str(i) for i in range(classes)], **arguments)
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda f: f.stem)
