@@ -215,3 +215,12 @@ def test_a_fitted_head_is_a_fresh_copy():
     assert first.arguments == second.arguments == head.arguments
     assert not torch.equal(first.condition.weight, second.condition.weight)
     assert not list(head.parameters())
+
+
+@torch.inference_mode()
+def test_drawing_waits_for_no_number():
+    """Tensors without numbers go through it: nothing is read back to the host."""
+    head = tiny(PUBLISHED).to("meta")
+    hidden, noise = torch.empty(5, 24, device="meta"), torch.empty(5, 16, device="meta")
+    for sampling in (Sampling(0.9, top_k=3, top_p=0.8), Sampling(0.0)):
+        assert head.draw(hidden, noise, sampling).shape == (5, 16)
