@@ -49,6 +49,9 @@ PUBLISHED = {  # exact where the papers or files give exact numbers, otherwise t
     "mar_l": 478.3e6,
     "mar_l_400ep": 426.4e6,
     "mar_h": 942.4e6,
+    "tokenbridge_b": 218.0e6,
+    "tokenbridge_l": 486.9e6,
+    "tokenbridge_h": 910.0e6,
 }
 KL16 = TokenSpec.latents((16, 16), 16)
 IMAGENET = {  # tokens of the models whose name begins so; the last part of others' is their size
