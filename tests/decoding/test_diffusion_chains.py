@@ -185,6 +185,7 @@ def test_beginning_at_950_spares_the_steps_beyond():
         ("ddpm(0)", 10, "from 1 to 999"),
         ("ddpm(1000)", 10, "from 1 to 999"),
         ("ddpm(9.5)", 10, "whole numbers"),
+        ("ddpm(inf)", 10, "whole numbers"),
         ("ddim", 37, "no stride"),
         ("ddim(980)", 1, "no stride"),
         ("dpm", 0, "1 or more"),

@@ -120,7 +120,7 @@ class Chain:
     def __len__(self) -> int:
         return len(self.steps)
 
-    @lru_cache(maxsize=8)  # noqa: B019 - chains are cached themselves
+    @lru_cache(maxsize=1024)  # noqa: B019 - chains are cached themselves
     @torch.inference_mode(False)
     def times(self, device: torch.device) -> Float[Tensor, "t"]:
         return torch.tensor([step.time for step in self.steps], device=device)
@@ -196,10 +196,10 @@ def backwards(times: Sequence[int], *numbers: Float[Tensor, "t"]) -> tuple[Step,
 
 
 def kept_times(sampler: Sampler, steps: int) -> list[int]:
-    """Return the times of training, ascending, at which a chain calls the network."""
-    numbers = [int(number) for number in sampler.numbers]
-    if numbers != list(sampler.numbers):
+    """Return the times of training, ascending, at which the chain calls the network."""
+    if not all(number.is_integer() for number in sampler.numbers):
         raise unfit(sampler, steps, "takes whole numbers")
+    numbers = [int(number) for number in sampler.numbers]
     if sampler.name == "sections":
         return section_times(sampler, numbers)
     latest = numbers[0] if numbers else NUM_TIMES - 1
