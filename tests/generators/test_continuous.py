@@ -17,14 +17,14 @@ from vistok.decoding import (
 )
 from vistok.decoding import decode as decode_planned
 from vistok.errors import IncompatibleTokensError, UserError
-from vistok.generators import MAR, XAR, Generator
-from vistok.heads import DiffusionHead, DimensionWiseHead, FlowHead
+from vistok.generators import MAR, XAR, FlowAR, Generator
+from vistok.heads import DiffusionHead, DimensionWiseHead, FlowHead, FlowTransformerHead
 from vistok.tokens import TokenSpec
 
 GRID, ODD, SEQUENCE = (TokenSpec.latents(shape, 3) for shape in ((4, 4), (2, 4), (7,)))
 DIGITS = TokenSpec.factorised((4, 4), (8, 8, 8), values="normal(5,3)")
 SIZES = {"dim": 32, "depth": 2, "num_heads": 4}
-FEW = {"buffer": 4, "mask_ratio_min": 0.3}
+FEW, SCALES = {"buffer": 4, "mask_ratio_min": 0.3}, {"scales": (1, 2, 4), "decoder_depth": 1}
 DIFFUSION, DIMENSION_WISE = DiffusionHead(32, 2), DimensionWiseHead(32, 1, 4)
 VARIANTS = {
     MAR: [
@@ -43,6 +43,12 @@ VARIANTS = {
         (ODD, {"order": "cells(1)"}),
         (GRID, {"order": "subsamples(2)", "decoder_depth": 1, "decoder_num_heads": 2}),
         (GRID, {"order": "scales(1,2,4)"}),
+    ],
+    FlowAR: [
+        (GRID, {**SCALES, "head": FlowTransformerHead(64, 1)}),
+        (GRID, {**SCALES, "head": FlowTransformerHead(64, 1, cross=True)}),
+        (GRID, {**SCALES, "head": DIFFUSION}),
+        (GRID, {**SCALES, "head": DIMENSION_WISE}),
     ],
 }
 EXPORTED = [
@@ -242,7 +248,10 @@ def test_orders_and_samplers_of_others_are_refused(model):
 
 
 @pytest.mark.slow
-def test_compiled_decoding_gives_the_eager_tokens(model):
+@pytest.mark.parametrize("family", VARIANTS)
+def test_compiled_decoding_gives_the_eager_tokens(family):
+    spec, arguments = VARIANTS[family][0]
+    model = tiny(family, spec, **{**arguments, "depth": 1})
     decoding = settings(model, guidance=Schedule(2))
     eager = decode(model, LABELS, Noise(0, range(3)), decoding)
     model.compile_decoding()
