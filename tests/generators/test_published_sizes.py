@@ -49,6 +49,10 @@ PUBLISHED = {  # exact where the papers or files give exact numbers, otherwise t
     "mar_l": 478.3e6,
     "mar_l_400ep": 426.4e6,
     "mar_h": 942.4e6,
+    "flowar_s": 171.7e6,
+    # Published as 589 M and 1.9 B.
+    "flowar_l": 586.9e6,
+    "flowar_h": 1913.3e6,
     "tokenbridge_b": 218.0e6,
     "tokenbridge_l": 486.9e6,
     "tokenbridge_h": 910.0e6,

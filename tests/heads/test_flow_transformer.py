@@ -124,7 +124,7 @@ def test_places_matter_by_the_scale_that_they_are_of(head):
 def test_the_loss_is_that_of_straight_paths(head):
     hidden, target = torch.randn(3, 4, HIDDEN_DIM), torch.randn(3, 4, 3)
     times, noise = torch.tensor([0.0, 0.3, 1.0]), torch.randn(3, 4, 3)
-    loss = head.loss_at(times, noise, hidden, target)
+    loss = head.loss_at(hidden, target, times, noise)
     x = (1 - times)[:, None, None] * target + times[:, None, None] * noise
     assert torch.equal(x[0], target[0])
     assert torch.equal(x[2], noise[2])

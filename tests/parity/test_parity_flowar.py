@@ -50,7 +50,7 @@ def test_training(folder):
     velocities = []
     model.head.register_forward_hook(lambda *args: velocities.append(args[-1]))
     noise = given["noise"].split(model.sizes, dim=1)
-    output = model.summed(map(model.head.loss_at, given["t"], noise, hidden, scales))
+    output = model.summed(map(model.head.loss_at, hidden, scales, given["t"], noise))
     case.compare("velocity", torch.cat(velocities, dim=1))
     case.compare("loss", output.loss)
     output.loss.backward()

@@ -79,7 +79,7 @@ class FlowAR(Generator):
     """
 
     kinds = ("latents",)
-    _no_split_modules: ClassVar = ["GatedBlock", "JointBlock", "CrossBlock"]
+    _no_split_modules: ClassVar = ["GatedBlock"]
 
     @register_to_config
     def __init__(
@@ -199,6 +199,6 @@ class FlowAR(Generator):
         return hidden + self.output_position[places]
 
     def compile_decoding(self, **options) -> None:
-        # Scales differ in size and the null half comes and goes: one graph of dynamic sizes serves.
-        self.trunk.compile(dynamic=True, **options)
+        # The head is called at every step of every scale, the trunk once a scale. Scales differ in
+        # size, and the null half comes and goes: one graph of dynamic sizes serves them all.
         self.head.compile(dynamic=True, **options)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from vistok.decoding.flow import flow_times, integrate, num_draws, time_id
+from vistok.decoding.flow import flow_times, integrate, time_id
 from vistok.decoding.noise import Noise
 from vistok.decoding.samplers import Sampler
 from vistok.decoding.sampling import Sampling
@@ -62,7 +62,7 @@ class JointBlock(GatedBlock):
     def forward(
         self, x: Float[Tensor, "b s w"], time: Float[Tensor, "_ 1 w"], given: Given, attended: None
     ) -> Float[Tensor, "b s w"]:
-        return super().forward(x, self.modulate(time + given.vectors), rotary=given.rotary)
+        return super().forward(x, time + given.vectors, rotary=given.rotary)
 
 
 class CrossBlock(nn.Module):
@@ -191,15 +191,17 @@ class FlowTransformerHead(ValueHead):
     ) -> Float[Tensor, "b s"]:
         """Return the flow matching loss of the tokens of one scale, at one time for each sample."""
         times = torch.rand(len(target), device=target.device)
-        return self.loss_at(times, torch.randn_like(target), hidden, target)
+        return self.loss_at(hidden, target, times, torch.randn_like(target))
 
     def loss_at(
         self,
-        times: Float[Tensor, "b"],
-        noise: Float[Tensor, "b s c"],
         hidden: Float[Tensor, "b s d"],
         target: Float[Tensor, "b s c"],
+        times: Float[Tensor, "b"],
+        noise: Float[Tensor, "b s c"],
     ) -> Float[Tensor, "b s"]:
+        """Return the mean squared error of the velocity at `times` in [0, 1], of which 1 is
+        noise."""
         with torch.autocast(hidden.device.type, enabled=False):
             x = torch.lerp(target, noise, times[:, None, None])
             time = self.time_embedding(time_id(times))[:, None]
@@ -207,25 +209,21 @@ class FlowTransformerHead(ValueHead):
 
     def draw_noise(
         self, noise: Noise, num_tokens: int, sampling: Sampling = PLAIN, budget: int = 1
-    ) -> Float[Tensor, "b n draws c"]:
-        draws = num_draws(self.sampler(sampling), budget)
-        return noise.normal(num_tokens, draws, self.output.out_features)
-
-    def sampler(self, sampling: Sampling) -> Sampler:
-        return sampling.sampler or Sampler(self.samplers[0])
+    ) -> Float[Tensor, "b n 1 c"]:
+        return noise.normal(num_tokens, 1, self.output.out_features)
 
     def sample(
         self,
         hidden: Float[Tensor, "b s d"],
         null: Float[Tensor, "b s d"] | None,
         scale: float,
-        noise: Float[Tensor, "b s draws c"],
+        noise: Float[Tensor, "b s 1 c"],
         sampling: Sampling,
         budget: int,
     ) -> Float[Tensor, "b s c"]:
         """Guidance is of the velocity, at the times at which the sampler allows it; only there is
         the null half computed."""
-        sampler = self.sampler(sampling)
+        sampler = sampling.sampler or Sampler(self.samplers[0])
         times = flow_times(sampler, budget)[:-1]
         latest = sampler.numbers[0] if sampler.numbers else 1.0
         guides = [null is not None and time <= latest for time in times.tolist()]
@@ -240,7 +238,7 @@ class FlowTransformerHead(ValueHead):
                 halves = self(x.repeat(2, 1, 1), embedded[step], both).chunk(2)
                 return torch.lerp(halves[1], halves[0], scale)
 
-            return integrate(velocity, noise * sampling.temperature, sampler, budget)
+            return integrate(velocity, sampling.temperature * noise, sampler, budget)
 
 
 def _heads(x: Float[Tensor, "b s w"]) -> Float[Tensor, "b heads s hd"]:

@@ -73,7 +73,7 @@ class GatedBlock(nn.Module):
         modulations. `attention` are arguments of `Attention`."""
         # Training leaves it to the block, whose weights FSDP serves only here.
         modulation = self.modulate(by) if by.ndim == 3 else by
-        if modulation.shape[1] > 1:
+        if 1 < modulation.shape[1] < x.shape[1]:
             modulation = modulation.repeat_interleave(x.shape[1] // modulation.shape[1], dim=1)
         gate, mlp_gate, scale, mlp_scale, shift, mlp_shift = modulation.unbind(-2)
         x = x + gate * self.attention(modulated(x, scale, shift), **attention)
