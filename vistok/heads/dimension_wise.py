@@ -78,7 +78,8 @@ class DimensionWiseHead(ValueHead):
     width, depth, num_heads: of the transformer.
     hidden_ratio: width of its feed-forward layers over its own.
     order: in which channels are drawn; None for the published one of 16, that of low
-        frequencies first, and for that of their numbers elsewhere.
+        frequencies first, and for that of their numbers elsewhere; `vistok latents` finds the
+        one of other autoencoders.
     dropout: of attention weights, of attention outputs and in feed-forward layers, in training.
     norm_eps: of all layer norms.
     sampling_adds_first_step: whether the first row also holds the embedding of its step when
@@ -159,6 +160,9 @@ class DimensionWiseHead(ValueHead):
         fed = self.digit_embedding(digits[:, :-1] + begins)
         x = torch.cat([condition[:, None], fed], dim=1) + self.position_embedding
         return self.transformer(x, modulations, slice(None), is_causal=True)
+
+    def evaluations(self, sampling: Sampling, budget: int) -> int:
+        return self.quantizer.dim
 
     def draw_noise(
         self, noise: Noise, num_tokens: int, sampling: Sampling = PLAIN, budget: int = 1
