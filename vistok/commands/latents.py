@@ -6,8 +6,11 @@ vistok latents --tokenizer runs/kl --data Emoji --per_channel true --output runs
 accelerate launch --num_processes 8 -m vistok.cli latents --tokenizer runs/kl16 ...
 """
 
+from collections.abc import Iterable
+
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -56,37 +59,24 @@ def main(
     mine = shard_range(len(pictures), process.process_index, process.num_processes)
     loader = DataLoader(Subset(pictures, mine), batch_size, num_workers=num_workers)
 
-    means = Moments(model.quantizer.dim, process.device)
-    variances, frequencies = torch.zeros_like(means.sum), torch.zeros_like(means.outer[:2])
-    for _, images in tqdm(loader, "encoding", disable=not process.is_main_process):
-        statistics = model.statistics(images.to(process.device) / 255)
-        mean, log_variance = model.quantizer.moments(statistics)
-        means.update(mean.flatten(0, -2))
-        variances += log_variance.double().exp().flatten(0, -2).sum(0)
-        if mean.ndim == 4:
-            frequencies += frequency_sums(mean)
-    means.all_reduce()
-    all_reduce(variances)
-    all_reduce(frequencies)
+    means, variances, frequencies = measure(
+        model, tqdm(loader, "encoding", disable=not process.is_main_process)
+    )
     if not process.is_main_process:
         return
 
-    channel_means = means.mean
-    channel_variances = means.covariance.diagonal() + variances / means.count
-    mean = channel_means.mean()
+    mean, deviations = means.mean(), variances.sqrt()
     # Around the mean of all numbers, not around that of their channel.
-    deviation = (channel_variances + (channel_means - mean).square()).mean().sqrt()
-    deviations = channel_variances.sqrt()
+    deviation = (variances + (means - mean).square()).mean().sqrt()
     print(f"{pictures}: {model.spec}")
     print(f"all channels  mean {mean:8.4f}  deviation {deviation:.4f}")
-    for channel, numbers in enumerate(zip(channel_means, deviations, strict=True)):
+    for channel, numbers in enumerate(zip(means, deviations, strict=True)):
         print("channel {:<4}  mean {:8.4f}  deviation {:.4f}".format(channel, *numbers))
-    if frequencies[1].all():
-        coarse_first = (frequencies[0] / frequencies[1]).argsort().tolist()
-        print(f"channels, those of low frequencies first: {coarse_first}")
+    if frequencies.isfinite().all():
+        print(f"channels, those of low frequencies first: {frequencies.argsort().tolist()}")
     if not isinstance(model, KLTokenizer):
         return
-    measured = (deviations.tolist(), channel_means.tolist()) if per_channel else (deviation.item(),)
+    measured = (deviations.tolist(), means.tolist()) if per_channel else (deviation.item(),)
     scaled = model.rescaled(*measured)
     for name in ("scaling_factor", "shift_factor"):
         was, now = (each.vae.arguments[name] for each in (model, scaled))
@@ -95,6 +85,27 @@ def main(
     if output:
         scaled.save_pretrained(output)
         print(f"written to {output}")
+
+
+def measure(
+    model: QuantizedTokenizer, batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, variance and, for grids, mean frequency of each channel over the pictures of all
+    processes."""
+    means = Moments(model.quantizer.dim, model.device)
+    variances, frequencies = torch.zeros_like(means.sum), torch.zeros_like(means.outer[:2])
+    for _, images in batches:
+        statistics = model.statistics(images.to(model.device) / 255)
+        mean, log_variance = model.quantizer.moments(statistics)
+        means.update(mean.flatten(0, -2))
+        variances += log_variance.double().exp().flatten(0, -2).sum(0)
+        if mean.ndim == 4:
+            frequencies += frequency_sums(mean)
+    means.all_reduce()
+    for sums in (variances, frequencies):
+        all_reduce(sums)
+    variances = means.covariance.diagonal() + variances / means.count
+    return means.mean, variances, frequencies[0] / frequencies[1]
 
 
 def shown(numbers: float | list[float]) -> str:
