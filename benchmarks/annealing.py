@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,13 +22,11 @@ from vistok.decoding import (
     Decoding,
     Noise,
     Order,
-    RandomPlan,
     Sampler,
     Schedule,
     decode,
     decode_random,
 )
-from vistok.decoding.diffusion import chain
 from vistok.generators import MAR, XAR, Generator
 from vistok.heads import DiffusionHead
 from vistok.tokens import TokenSpec
@@ -134,13 +131,8 @@ def evaluations(model: Generator, decoding: Decoding) -> tuple[int, int]:
     """Return how often the network that takes the steps is called, and for how many tokens of an
     image in all calls."""
     plan = decoding.plan_of(model)
-    calls = decoding.budgets(plan, model.head.steps)
-    if isinstance(plan, RandomPlan):
-        calls = [len(chain(decoding.sampler, steps)) for steps in calls]
-        tokens = [before - after for before, after in pairwise((*plan.masked, 0))]
-    else:
-        tokens = [len(fed.predict) for fed in plan.passes]
-    return sum(calls), sum(map(operator.mul, calls, tokens))
+    calls = decoding.calls(plan, model.head)
+    return sum(calls), sum(map(operator.mul, calls, plan.sizes))
 
 
 class Stopwatch:

@@ -3,14 +3,28 @@
 vistok import llamagen vq_ds16_c2i.pt --out runs/llamagen-l --options.image_size 384
 vistok import llamagen c2i_L_384.pt --out runs/llamagen-l --options.shape "[24,24]"
 vistok import nar c2i_B.pt --out runs/nar-b
-vistok import kl16 kl16.ckpt --out runs/kl16
+vistok import kl16 kl16.ckpt --out runs/mar-l
+vistok import mar checkpoint-last.pth --out runs/mar-l --plan "mar(64)" --steps "linear(50,5)"
 vistok import autoencoder-kl sd-vae-ft-mse --out runs/sd-vae --options.image_size 256
 """
 
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-from vistok.checkpoints import flextok, kl, larp, llamagen, maskgit, rar, retok, titok
+from vistok.checkpoints import (
+    flextok,
+    flowar,
+    kl,
+    larp,
+    llamagen,
+    mar,
+    maskgit,
+    rar,
+    retok,
+    titok,
+    tokenbridge,
+    xar,
+)
 from vistok.checkpoints.files import ENTRIES, read_weights
 from vistok.decoding import DecodingOptions
 from vistok.errors import UserError
@@ -18,7 +32,11 @@ from vistok.pipelines import DEFAULT, write_decoding
 from vistok.text import caption_shape, remember_encoder
 from vistok.tokenizers import Tokenizer
 
-PREFERRED = {"retok": retok.ENTRIES}  # of files that hold averaged weights beside others
+# Of files that hold averaged weights beside others.
+PREFERRED = {
+    "retok": retok.ENTRIES,
+    **dict.fromkeys(("mar", "tokenbridge", "xar", "flowar"), mar.ENTRIES),
+}
 # Of all published text-conditional generators, and of all tokenizers that decode with captions.
 T5, CLIP = "google/flan-t5-xl", "openai/clip-vit-large-patch14-336"
 IMPORTERS = {
@@ -32,6 +50,10 @@ IMPORTERS = {
     "maskgit": maskgit.generator,
     "rar": rar.generator,
     "kl16": kl.mar,  # also of TokenBridge, xAR, FlowAR and DiSA
+    "mar": mar.generator,  # also DiSA's
+    "tokenbridge": tokenbridge.generator,
+    "xar": xar.generator,
+    "flowar": flowar.generator,
 }
 # Of what is published as a directory, which says how it was made.
 DIRECTORY_IMPORTERS = {"autoencoder-kl": kl.diffusers}
@@ -49,6 +71,10 @@ def main(
         "maskgit",
         "rar",
         "kl16",
+        "mar",
+        "tokenbridge",
+        "xar",
+        "flowar",
         "autoencoder-kl",
     ],
     weights: str,

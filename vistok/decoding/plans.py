@@ -174,13 +174,18 @@ class Plan:
             raise UserError(f"order {self.name} does not decode the first {length} tokens first")
         return replace(self, shape=(length,), passes=tuple(passes))
 
+    @property
+    def sizes(self) -> list[int]:
+        """The number of positions that each pass predicts."""
+        return [len(fed.predict) for fed in self.passes]
+
     @cached_property
     def fractions(self) -> list[float]:
         """The fraction of tokens already decoded when each pass begins; `by_pass` the number of the
         pass over that of the last."""
         if self.by_pass:
             return [t / max(1, len(self) - 1) for t in range(len(self))]
-        decoded = [0, *accumulate(len(fed.predict) for fed in self.passes)]
+        decoded = [0, *accumulate(self.sizes)]
         return [done / decoded[-1] for done in decoded[:-1]]
 
     @cached_property
@@ -261,8 +266,12 @@ class MaskedPlan:
 
 
 class RandomPlan(MaskedPlan):
-    """Masked decoding in which a random permutation, each image's own, chooses the positions: pass
-    t decodes `masked[t] - masked[t + 1]` of them."""
+    """Masked decoding in which a random permutation, each image's own, chooses the positions."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of positions that each pass predicts."""
+        return [before - after for before, after in pairwise((*self.masked, 0))]
 
     @property
     def fractions(self) -> list[float]:

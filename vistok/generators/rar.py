@@ -21,9 +21,9 @@ from vistok.errors import UserError
 from vistok.generators.base import Generator, GeneratorOutput
 from vistok.generators.conditions import ClassCondition
 from vistok.heads.categorical import CategoricalHead
+from vistok.layers.adaln import AdaLNBlock
 from vistok.layers.cache import KVCache
 from vistok.layers.linear import Linear
-from vistok.layers.transformer import Attention
 from vistok.models import register_to_config
 from vistok.tokens import TokenSpec
 
@@ -34,20 +34,11 @@ EPS = 1e-6  # of all layer norms
 AHEAD, MOST_AHEAD = 64, 2**26
 
 
-class RARBlock(nn.Module):
-    """Attention, then MLP, each after a modulated layer norm and added through a gate."""
+class RARBlock(AdaLNBlock):
+    """A block that in training modulates itself."""
 
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, dropout: float):
-        super().__init__()
-        norm = partial(nn.LayerNorm, eps=EPS)
-        self.attention_norm = norm(dim)
-        self.attention = Attention(
-            dim, num_heads, num_heads, dropout, qk_norm=norm, bias=True, weight_dropout=dropout
-        )
-        self.mlp_norm = norm(dim)
-        self.fc1 = Linear(dim, hidden_dim, bias=True)
-        self.fc2 = Linear(hidden_dim, dim, bias=True)
-        self.dropout = nn.Dropout(dropout)
+        super().__init__(dim, num_heads, hidden_dim, dropout, partial(nn.LayerNorm, eps=EPS))
         self.modulation = Linear(dim, 6 * dim, bias=True)
 
     def forward(
@@ -55,15 +46,6 @@ class RARBlock(nn.Module):
     ) -> Float[Tensor, "b r d"]:
         """`by_row` says what each row is modulated by."""
         return self.modulated(x, self.modulation(by_row), **attention)
-
-    def modulated(
-        self, x: Float[Tensor, "b r d"], modulation: Float[Tensor, "b r d6"], **attention
-    ) -> Float[Tensor, "b r d"]:
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)
-        h = self.attention_norm(x) * (1 + scale) + shift
-        x = x + gate * self.attention(h, **attention)
-        h = self.mlp_norm(x) * (1 + mlp_scale) + mlp_shift
-        return x + mlp_gate * self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(h)))))
 
 
 @dataclass

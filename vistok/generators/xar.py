@@ -56,6 +56,9 @@ class EntityFlow(Head):
         draws = num_draws(sampling.sampler or self.samplers[0], budget)
         return noise.normal(num_tokens, draws, self.channels)
 
+    def evaluations(self, sampling: Sampling, budget: int) -> int:
+        return len(flow_times(sampling.sampler or self.samplers[0], budget)) - 1
+
 
 @dataclass
 class DecodingState:

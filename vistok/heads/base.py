@@ -51,6 +51,10 @@ class Head(Component):
         off; `noise` the share of these positions; `budget` the inner (diffusion, flow) steps."""
         raise NotImplementedError
 
+    def evaluations(self, sampling: Sampling, budget: int) -> int:
+        """Return how often the network that draws runs for one set of tokens."""
+        return 1
+
     def check_sampler(self, name: str) -> None:
         """Raise `UserError` unless the head draws by the sampler of that name."""
         if name not in self.samplers:

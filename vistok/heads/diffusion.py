@@ -94,6 +94,9 @@ class DiffusionHead(ValueHead):
         """The noise that a chain starts from, then that of each step that adds some."""
         return noise.normal(num_tokens, 1 + self.chain(sampling, budget).draws, self.channels)
 
+    def evaluations(self, sampling: Sampling, budget: int) -> int:
+        return len(self.chain(sampling, budget))
+
     def chain(self, sampling: Sampling, budget: int) -> Chain:
         return chain(sampling.sampler or Sampler(self.samplers[0]), budget)
 

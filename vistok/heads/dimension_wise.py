@@ -19,10 +19,9 @@ from vistok.decoding.noise import Noise
 from vistok.decoding.sampling import Sampling, sample_categorical
 from vistok.errors import IncompatibleTokensError, UserError
 from vistok.heads.base import PLAIN, ValueHead
-from vistok.layers.adaln import zero_linear
+from vistok.layers.adaln import AdaLNBlock, zero_linear
 from vistok.layers.cache import KVCache
 from vistok.layers.linear import Linear
-from vistok.layers.transformer import Attention, Norm
 from vistok.models import register_to_config
 from vistok.quantizers import DimensionWise
 from vistok.tokens import TokenSpec
@@ -30,31 +29,6 @@ from vistok.tokens import TokenSpec
 # The 16 channels of MAR's autoencoder, those of low frequencies first.
 FREQUENCY_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
 TOKENS_AT_ONCE = 512  # are drawn, for the modulations of each fill up to 2.5 MB
-
-
-class ChannelBlock(nn.Module):
-    """Attention, then MLP, each after a modulated layer norm and added through a gate."""
-
-    def __init__(self, width: int, num_heads: int, hidden_width: int, dropout: float, norm: Norm):
-        super().__init__()
-        self.attention_norm = norm(width)
-        self.attention = Attention(
-            width, num_heads, num_heads, dropout, qk_norm=norm, bias=True, weight_dropout=dropout
-        )
-        self.mlp_norm = norm(width)
-        self.fc1 = Linear(width, hidden_width, bias=True)
-        self.fc2 = Linear(hidden_width, width, bias=True)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self, x: Float[Tensor, "n r w"], modulation: Float[Tensor, "n r w6"], **attention
-    ) -> Float[Tensor, "n r w"]:
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)
-        h = torch.addcmul(shift, self.attention_norm(x), 1 + scale)
-        x = torch.addcmul(x, gate, self.attention(h, **attention))
-        h = torch.addcmul(mlp_shift, self.mlp_norm(x), 1 + mlp_scale)
-        mlp = self.fc2(self.dropout(F.gelu(self.fc1(h))))
-        return torch.addcmul(x, mlp_gate, self.dropout(mlp))
 
 
 class RowLogits(nn.Module):
@@ -128,7 +102,7 @@ class DimensionWiseHead(ValueHead):
         self.position_embedding = nn.Parameter(torch.randn(channels, width) * 0.02)
         self.step_embedding = nn.Parameter(torch.randn(channels, width) * 0.02)
         self.blocks = nn.ModuleList(
-            ChannelBlock(width, self.num_heads, self.hidden_width, self.dropout, norm)
+            AdaLNBlock(width, self.num_heads, self.hidden_width, self.dropout, norm)
             for _ in range(self.depth)
         )
         self.norm = norm(width)
@@ -223,7 +197,7 @@ class DimensionWiseHead(ValueHead):
         """Return what `rows`, embedded as `x`, predict."""
         *by_block, last = modulations[:, rows].split(6 * self.width, dim=-1)
         for layer, (block, modulation) in enumerate(zip(self.blocks, by_block, strict=True)):
-            x = block(x, modulation, layer=layer, **attention)
+            x = block.modulated(x, modulation, layer=layer, **attention)
         scale, shift = last.chunk(2, dim=-1)  # in this order here
         normed = F.layer_norm(self.norm(x), (self.width,), eps=self.norm_eps)
         return self.digit_logits(torch.addcmul(shift, normed, 1 + scale), rows)

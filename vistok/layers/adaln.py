@@ -4,9 +4,10 @@ scales what each branch of a block reads, and gates what it adds."""
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
-from vistok.layers.transformer import Block
+from vistok.layers.linear import Linear
+from vistok.layers.transformer import Attention, Block, Norm
 
 
 class ModulatedBlock(Block):
@@ -40,6 +41,36 @@ class ModulatedBlock(Block):
         x = x + gate_attention * attended
         fed = self.feed_forward_norm(x) * (1 + feed_forward_scale) + feed_forward_shift
         return x + gate_feed_forward * self.feed_forward(fed)
+
+
+class AdaLNBlock(nn.Module):
+    """Attention, then MLP, each after a modulated norm and added through a gate (RAR, TokenBridge).
+
+    A modulation is six numbers for each channel: shift, scale and gate of attention, then of the
+    MLP. It depends on nothing that a row holds, so that samplers make it beforehand. `dropout` is
+    of attention weights, of attention outputs and in the MLP, in training.
+    """
+
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int, dropout: float, norm: Norm):
+        super().__init__()
+        self.attention_norm = norm(dim)
+        self.attention = Attention(
+            dim, num_heads, num_heads, dropout, qk_norm=norm, bias=True, weight_dropout=dropout
+        )
+        self.mlp_norm = norm(dim)
+        self.fc1 = Linear(dim, hidden_dim, bias=True)
+        self.fc2 = Linear(hidden_dim, dim, bias=True)
+        self.dropout = nn.Dropout(dropout)
+
+    def modulated(
+        self, x: Float[Tensor, "b r d"], modulation: Float[Tensor, "b r d6"], **attention
+    ) -> Float[Tensor, "b r d"]:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, dim=-1)
+        h = torch.addcmul(shift, self.attention_norm(x), 1 + scale)
+        x = torch.addcmul(x, gate, self.attention(h, **attention))
+        h = torch.addcmul(mlp_shift, self.mlp_norm(x), 1 + mlp_scale)
+        mlp = self.fc2(self.dropout(gelu(self.fc1(h))))
+        return torch.addcmul(x, mlp_gate, self.dropout(mlp))
 
 
 def by_kind(numbers: Float[Tensor, "b kinds d"], first: int, rows: int) -> Float[Tensor, "b _ d"]:

@@ -1,0 +1,181 @@
+"""Continuous tokens on the emoji: what TokenBridge's digits cost, and what annealed steps save.
+
+python benchmarks/continuous.py --output runs/continuous
+
+Trains a KL autoencoder and, on its latents, MAR, xAR, FlowAR and TokenBridge. Everything that is
+already there is kept: a run that was cut off goes on. Rates are taken in turn, in one process; FID
+uses random features and compares with no published number.
+"""
+
+import json
+import operator
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from vistok.cli import run
+from vistok.decoding import Order, Sampler, Schedule
+from vistok.images import image_grid
+from vistok.pipelines import ImagePipeline
+
+ROOT = Path(__file__).parents[1]
+LEVELS = (8, 16, 32, 64)  # of digits, as in TokenBridge's table 1
+TOKENIZERS = {"mar": "kl", "xar": "kl", "flowar": "kl", "tokenbridge": "bridge-64"}
+# Name of a row: the model, and how it decodes other than by its config.
+ROWS = {
+    "MAR, 50 steps": ("mar", {}),
+    "MAR, DiSA 50 to 5": ("mar", {"steps": Schedule("linear(50,5)")}),
+    "MAR, 27 steps": ("mar", {"steps": Schedule(27)}),
+    "MAR, 5 to 50 steps": ("mar", {"steps": Schedule("linear(5,50)")}),
+    "MAR, 5 steps": ("mar", {"steps": Schedule(5)}),
+    "MAR, 64 passes, 50 steps": ("mar", {"plan": Order("mar(64)")}),
+    "MAR, 64 passes, DiSA 50 to 5": (
+        "mar",
+        {"plan": Order("mar(64)"), "steps": Schedule("linear(50,5)")},
+    ),
+    "MAR from the very noise": ("mar", {"sampler": Sampler("ddpm")}),
+    "xAR, 50 steps": ("xar", {"steps": Schedule(50)}),
+    "xAR, DiSA 50 to 15": ("xar", {"steps": Schedule("linear(50,15)")}),
+    "xAR, 32 steps": ("xar", {"steps": Schedule(32)}),
+    "xAR, 15 to 50 steps": ("xar", {"steps": Schedule("linear(15,50)")}),
+    "xAR, 15 steps": ("xar", {"steps": Schedule(15)}),
+    "FlowAR, 25 steps": ("flowar", {}),
+    "FlowAR, DiSA 25 to 15": ("flowar", {"steps": Schedule("linear(25,15)")}),
+    "TokenBridge": ("tokenbridge", {}),
+}
+
+
+def main(
+    output: str = "runs/continuous",
+    images: int | None = None,
+    count: int = 432,
+    batch: int = 36,
+    repeats: int = 3,
+    threads: int = 1,
+) -> None:
+    """Print the tables of reconstruction and generation, and write samples of each row.
+
+    Args:
+        output: directory of the models, the pictures and the scores
+        images: length of each training; that of its config by default
+        count: samples scored of each row
+        batch: images at once when rates are taken
+        repeats: timed rounds over the rows, of which the median counts
+        threads: of the CPU when rates are taken
+    """
+    folder = Path(output)
+    scores = folder / "metrics.json"
+    length = ["--images", images] if images else []
+    train_tokenizers(folder, length)
+    for name in ("kl", *(f"bridge-{levels}" for levels in LEVELS)):
+        score(scores, name, "--tokenizer", folder / name, "--data", "Emoji",
+              "--data.split", "held-out", "--metrics", '["fid", "psnr", "ssim"]')  # fmt: skip
+    for model, tokenizer in TOKENIZERS.items():
+        train_generator(folder, model, tokenizer, length)
+    for name, (model, changes) in ROWS.items():
+        options = [part for k, v in changes.items() for part in (f"--{k}", v)]
+        score(scores, name, "--checkpoint", folder / model, *options, "--reference", "Emoji",
+              "--reference.split", "held-out", "--count", count,
+              "--metrics", '["fid"]')  # fmt: skip
+
+    done = json.loads(scores.read_text())
+    print("| tokens | PSNR, dB | SSIM | rFID, random features |\n|---|---|---|---|")
+    for name in ("kl", *(f"bridge-{levels}" for levels in LEVELS)):
+        found = done[name]["scores"]
+        label = "continuous" if name == "kl" else f"{name.split('-')[1]} levels"
+        print(f"| {label} | {found['psnr']:.2f} | {found['ssim']:.3f} | {found['rfid']:.2f} |")
+
+    torch.set_num_threads(threads)
+    pipelines = {name: open_row(folder, *row) for name, row in ROWS.items()}
+    rates = {name: [] for name in ROWS}
+    for _ in range(repeats + 1):  # the first round is not counted
+        for name, pipeline in pipelines.items():
+            rates[name].append(batch / timed(pipeline, batch))
+    print(f"\nbatch {batch}, {threads} CPU thread(s); tokens alone, without the decoder")
+    print("| model | passes | network calls | tokens x calls | images/s | FID, random features |")
+    print("|---|---|---|---|---|---|")
+    for name, pipeline in pipelines.items():
+        passes, calls, rows = cost(pipeline)
+        rate, fid = statistics.median(rates[name][1:]), done[name]["scores"]["fid"]
+        print(f"| {name} | {passes} | {calls} | {rows} | {rate:.1f} | {fid:.1f} |")
+    for model in TOKENIZERS:
+        draw(folder, model, {n: p for n, p in pipelines.items() if ROWS[n][0] == model})
+
+
+def call(*command: object) -> None:
+    subprocess.run(list(map(str, command)), check=True)
+
+
+def vistok(*arguments: object) -> None:
+    call(sys.executable, "-m", "vistok.cli", *arguments)
+
+
+def train_tokenizers(folder: Path, length: list[object]) -> None:
+    """Train the autoencoder, scale its latents to a deviation of one, and cut them into digits."""
+    config = ROOT / "configs/tokenizers/kl_emoji.yaml"
+    call("accelerate", "launch", ROOT / "train/tokenizer.py", "--config", config, *length,
+         "--output", folder / "vae", "--resume", "true")  # fmt: skip
+    if not (folder / "kl").exists():
+        vistok("latents", "--tokenizer", folder / "vae", "--data", "Emoji",
+               "--data.split", "train", "--output", folder / "kl")  # fmt: skip
+    for levels in LEVELS:
+        if not (folder / f"bridge-{levels}").exists():
+            vistok("quantize", "--tokenizer", folder / "kl", "--levels", levels,
+                   "--output", folder / f"bridge-{levels}")  # fmt: skip
+
+
+def train_generator(folder: Path, model: str, tokenizer: str, length: list[object]) -> None:
+    tokens = folder / f"{tokenizer}-tokens"
+    vistok("cache", "--tokenizer", folder / tokenizer, "--data", "Emoji",
+           "--data.split", "train", "--output", tokens)  # fmt: skip
+    config = ROOT / f"configs/generators/{model}_emoji.yaml"
+    call("accelerate", "launch", ROOT / "train/generator.py", "--config", config, *length,
+         "--tokenizer", folder / tokenizer, "--tokens", tokens,
+         "--output", folder / model / "generator", "--resume", "true")  # fmt: skip
+    shutil.copytree(folder / tokenizer, folder / model / "tokenizer", dirs_exist_ok=True)
+
+
+def score(scores: Path, name: str, *options: object) -> None:
+    """Keep the scores of a tokenizer or of samples under that name, unless they are there."""
+    done = json.loads(scores.read_text()) if scores.exists() else {}
+    if name not in done:
+        call(sys.executable, ROOT / "sample/evaluate.py", *options, "--features", "random",
+             "--name", name, "--output", scores)  # fmt: skip
+
+
+def open_row(folder: Path, model: str, changes: dict[str, object]) -> ImagePipeline:
+    pipeline = ImagePipeline.from_pretrained(folder / model)
+    pipeline.decoding = pipeline.decoding.changed(**changes)
+    return pipeline
+
+
+def timed(pipeline: ImagePipeline, batch: int) -> float:
+    """Return the seconds that the tokens of a batch take, of the classes in turn."""
+    labels = torch.arange(batch) % len(pipeline.class_names)
+    began = time.perf_counter()
+    pipeline.sample_tokens(labels, 0, range(batch))
+    return time.perf_counter() - began
+
+
+def cost(pipeline: ImagePipeline) -> tuple[int, int, int]:
+    """Return the passes, the calls of the network that draws, one after another, and the tokens
+    that these calls see, of one image."""
+    plan = pipeline.decoding.plan_of(pipeline.generator)
+    calls = pipeline.decoding.calls(plan, pipeline.generator.head)
+    return len(plan), sum(calls), sum(map(operator.mul, calls, plan.sizes))
+
+
+def draw(folder: Path, model: str, pipelines: dict[str, ImagePipeline]) -> None:
+    """Write the same numbers of the same classes by each row, one under another."""
+    classes = torch.arange(18) % 9
+    rows = [pipeline.sample(classes, 0, range(18)) for pipeline in pipelines.values()]
+    image_grid(torch.cat(rows), 18, list(pipelines)).save(folder / f"{model}.png")
+
+
+if __name__ == "__main__":
+    run(main)
