@@ -2,8 +2,8 @@
 a codebook.
 
 As in MAE (He et al., 2021, arXiv:2111.06377) an encoder sees the known tokens alone, behind slots
-that the class fills, and a decoder all positions. It tells each unknown one a hidden state, from
-which a head models the vector: a diffusion (MAR), a flow, or its digits one by one (TokenBridge:
+that the class fills, and a decoder all positions. Each unknown one gets a hidden state, from which
+a head models the vector: a diffusion (MAR), a flow, or its digits one by one (TokenBridge:
 Wang et al., 2025, arXiv:2503.16430). Decoding is `vistok.decoding.decode_random`.
 """
 
@@ -220,17 +220,12 @@ class MAR(Generator):
     ) -> Float[Tensor, "b r e"]:
         """Return the encoder's rows of the slots and of the `known` positions. `slots` (B, 1 or
         buffer, E) is what all slots hold, or each one."""
-        # In float32: vectors that an untrained head draws exceed the range of lower precision.
+        before, after = self.encoder_position.split([self.buffer, len(self.output_position)])
+        # Not under autocast: what an untrained head draws is beyond the range of half precision.
         with torch.autocast(values.device.type, enabled=False):
-            embed, norm = self.encoder_embed, self.embed_norm
-            rows = take_rows(values, known).float()
-            rows = F.linear(rows, embed.weight.float(), embed.bias.float())
-            before, after = self.encoder_position.split([self.buffer, len(self.output_position)])
-            x = torch.cat([slots + before, rows + after[known]], dim=1).float()
-            x = F.layer_norm(
-                x, norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps
-            )
-        x = x.to(norm.weight.dtype)
+            rows = take_rows(values, known).to(self.encoder_embed.weight.dtype)
+            rows = self.encoder_embed(rows) + after[known]
+            x = self.embed_norm(torch.cat([slots + before, rows], dim=1))
         for block in self.encoder_blocks:
             x = block(x)
         return self.encoder_norm(x)
