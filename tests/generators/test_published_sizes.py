@@ -49,6 +49,9 @@ PUBLISHED = {  # exact where the papers or files give exact numbers, otherwise t
     "mar_l": 478.3e6,
     "mar_l_400ep": 426.4e6,
     "mar_h": 942.4e6,
+    "xar_b": 172.6e6,
+    "xar_l": 608.4e6,
+    "xar_h": 1186.0e6,
     "flowar_s": 171.7e6,
     # Published as 589 M and 1.9 B.
     "flowar_l": 586.9e6,

@@ -215,7 +215,7 @@ class XAR(Generator):
         plan = self.plan().to(x.device)
         rows = plan.joint
         conditions = self.conditions(condition, time_id(times))
-        if len({len(fed.predict) for fed in plan.passes}) > 1:
+        if len(set(plan.sizes)) > 1:
             conditions = conditions[:, plan.rank_of_position[rows.tokens]]
         mask = rows.mask
         # FlexAttention knows no dropout.
