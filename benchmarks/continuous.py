@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from vistok.cli import run
-from vistok.decoding import Order, Sampler, Schedule
+from vistok.decoding import Sampler, Schedule
 from vistok.images import image_grid
 from vistok.pipelines import ImagePipeline
 
@@ -33,17 +33,11 @@ ROWS = {
     "MAR, 27 steps": ("mar", {"steps": Schedule(27)}),
     "MAR, 5 to 50 steps": ("mar", {"steps": Schedule("linear(5,50)")}),
     "MAR, 5 steps": ("mar", {"steps": Schedule(5)}),
-    "MAR, 64 passes, 50 steps": ("mar", {"plan": Order("mar(64)")}),
-    "MAR, 64 passes, DiSA 50 to 5": (
-        "mar",
-        {"plan": Order("mar(64)"), "steps": Schedule("linear(50,5)")},
-    ),
     "MAR from the very noise": ("mar", {"sampler": Sampler("ddpm")}),
-    "xAR, 50 steps": ("xar", {"steps": Schedule(50)}),
-    "xAR, DiSA 50 to 15": ("xar", {"steps": Schedule("linear(50,15)")}),
-    "xAR, 32 steps": ("xar", {"steps": Schedule(32)}),
-    "xAR, 15 to 50 steps": ("xar", {"steps": Schedule("linear(15,50)")}),
-    "xAR, 15 steps": ("xar", {"steps": Schedule(15)}),
+    "xAR, 25 steps": ("xar", {}),
+    "xAR, DiSA 25 to 8": ("xar", {"steps": Schedule("linear(25,8)")}),
+    "xAR, 16 steps": ("xar", {"steps": Schedule(16)}),
+    "xAR, 8 steps": ("xar", {"steps": Schedule(8)}),
     "FlowAR, 25 steps": ("flowar", {}),
     "FlowAR, DiSA 25 to 15": ("flowar", {"steps": Schedule("linear(25,15)")}),
     "TokenBridge": ("tokenbridge", {}),
