@@ -177,7 +177,9 @@ class FlowAR(Generator):
         what the scale `before` tells of it."""
         if before is None:
             return self.condition(condition).expand(-1, side * side, -1)
-        return self.latent_embed(upscaled(before, side, self.scales[-1]).to(self.dtype))
+        # Not under autocast: what an untrained head draws is beyond the range of half precision.
+        with torch.autocast(before.device.type, enabled=False):
+            return self.latent_embed(upscaled(before, side, self.scales[-1]).to(self.dtype))
 
     def new_state(self, rows: int, plan: Plan) -> DecodingState:
         return DecodingState(self.trunk.new_caches(rows, sum(self.sizes)))
