@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vistok import XAR, ImagePipeline
+from vistok.commands.info import describe
 from vistok.decoding import Decoding, Sampler, Schedule
 from vistok.generators import MAR, FlowAR
 from vistok.heads import DiffusionHead, DimensionWiseHead, FlowHead, FlowTransformerHead
@@ -49,6 +50,14 @@ def test_a_fresh_pipeline_makes_finite_pictures(name, dtype):
             # `sample` refuses pictures that are not finite.
             images = pair.sample(torch.tensor([0, 1, 1]), 0, range(3), decoding)
         assert images.shape == (3, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_info_describes_every_plan(name, capsys):
+    generator = pipeline(name).generator
+    describe(generator)
+    text = capsys.readouterr().out
+    assert all(f"plan         {order}" in text for order in generator.orders)
 
 
 @pytest.mark.parametrize("name", GENERATORS)

@@ -122,6 +122,7 @@ def main(
     net = generator(frozen.spec, list(source.class_names)).to(accelerator.device).train()
     if initial is not None:
         start_from(net, initial)
+    decoding.plan_of(net)  # what does not fit is an error here
     captions = caption_shape(net)
     if captions is not None:
         for cache in (source, held_out):

@@ -34,7 +34,6 @@ VARIANTS = {
         (GRID, {**FEW, "head": DIFFUSION, "patch_size": 2}),
         (DIGITS, {**FEW, "head": DIFFUSION}),
         (GRID, {**FEW, "head": FlowHead(32, 2)}),
-        (DIGITS, {**FEW, "head": DIMENSION_WISE}),
         (DIGITS, {**FEW, "head": DIMENSION_WISE, "patch_size": 2}),
         (GRID, {**FEW, "head": DIMENSION_WISE}),
     ],
@@ -46,7 +45,7 @@ VARIANTS = {
     ],
     FlowAR: [
         (GRID, {**SCALES, "head": FlowTransformerHead(64, 1)}),
-        (GRID, {**SCALES, "head": FlowTransformerHead(64, 1, cross=True)}),
+        (GRID, {"scales": (1, 4), "depth": 1, "head": FlowTransformerHead(64, 1, cross=True)}),
         (GRID, {**SCALES, "head": DIFFUSION}),
         (GRID, {**SCALES, "head": DIMENSION_WISE}),
     ],
@@ -118,19 +117,19 @@ def test_every_family_has_its_variants():
 
 
 def test_an_image_depends_on_its_seed_index_and_class_alone(model):
-    labels = torch.arange(8) % 3
+    labels = torch.tensor([0, 1, 2, 0])
     decoding = settings(model, guidance=Schedule("linear(1,2.5)"))
 
     def run(indices):
         return decode(model, labels[indices], Noise(1, indices), decoding)
 
-    together = run(torch.arange(8))
+    together = run(torch.arange(4))
     for batch in (3, 1):
-        check_close(torch.cat([run(part) for part in torch.arange(8).split(batch)]), together)
-    order = torch.randperm(8)
+        check_close(torch.cat([run(part) for part in torch.arange(4).split(batch)]), together)
+    order = torch.tensor([2, 0, 3, 1])
     check_close(run(order), together[order])
-    assert len(together.flatten(1).unique(dim=0)) > 4
-    other = decode(model, labels, Noise(2, range(8)), decoding)
+    assert not torch.equal(together[0], together[3])
+    other = decode(model, labels, Noise(2, range(4)), decoding)
     assert not torch.equal(other, together)
 
 
@@ -189,12 +188,14 @@ def test_every_parameter_is_trained(model):
     assert idle == []
 
 
-def test_samples_approach_the_data(model):
+@pytest.mark.parametrize("variant", [0, -1])
+@pytest.mark.parametrize("family", VARIANTS)
+def test_samples_approach_the_data(family, variant):
     """Two images, one per class: the model learns to tell them apart."""
-    off = ("dropout", "condition_dropout")
-    arguments = {k: 0.0 if k in off else v for k, v in model.arguments.items()}
-    model = type(model).from_config(arguments).train()
-    tokens, labels = random_tokens(model.spec, 2), torch.arange(2)
+    spec, more = VARIANTS[family][variant]
+    more = {**SIZES, **more, "dropout": 0.0, "condition_dropout": 0.0}
+    model = family(spec, ["a", "b"], **more).train()
+    tokens, labels = random_tokens(spec, 2), torch.arange(2)
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     losses = []
     for _ in range(80):

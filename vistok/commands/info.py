@@ -45,7 +45,7 @@ def describe(model: Model) -> None:
 
 def describe_passes(model: Generator, order: str) -> str:
     """Return the passes of an order; of a family of orders, those at both ends."""
-    if order.startswith("maskgit(steps"):
+    if "(steps" in order:
         return ", as many passes an image"
     if order != "zipar(s)":
         return f", {len(model.plan(Order(order.replace('seed', '0'))))} passes an image"

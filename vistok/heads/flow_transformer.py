@@ -123,15 +123,14 @@ class CrossAttention(nn.Module):
 
 
 class FlowTransformerHead(ValueHead):
-    """Arithmetic is float32 under autocast. A temperature multiplies the noise from which the flow
-    starts.
-
-    Args:
-        width: of the transformer, a multiple of 64, of which each attention head has so many.
-        depth: blocks.
-        cross: whether the tokens attend to the hidden states, which then modulate MLPs alone.
+    """Args:
+    width, depth: of the transformer; the width is a multiple of 64, that of an attention head.
+    cross: whether the tokens attend to the hidden states, which then modulate MLPs alone.
 
     The published sizes (width, depth, cross): S 1024, 2, false; L 1024, 12, true; H 1536, 12, true.
+
+    Guidance acts on the velocity, where the sampler allows it; a temperature multiplies the noise
+    from which the flow starts. Arithmetic is float32 under autocast.
     """
 
     samplers = ("flowar", "euler")
@@ -221,8 +220,6 @@ class FlowTransformerHead(ValueHead):
         sampling: Sampling,
         budget: int,
     ) -> Float[Tensor, "b s c"]:
-        """Guidance is of the velocity, at the times at which the sampler allows it; only there is
-        the null half computed."""
         sampler = sampling.sampler or Sampler(self.samplers[0])
         times = flow_times(sampler, budget)[:-1]
         latest = sampler.numbers[0] if sampler.numbers else 1.0
@@ -233,7 +230,7 @@ class FlowTransformerHead(ValueHead):
             conditional = both.first(len(hidden))
 
             def velocity(x: Tensor, step: int) -> Tensor:
-                if not guides[step]:
+                if not guides[step]:  # the null half would not reach the result
                     return self(x, embedded[step], conditional)
                 halves = self(x.repeat(2, 1, 1), embedded[step], both).chunk(2)
                 return torch.lerp(halves[1], halves[0], scale)
