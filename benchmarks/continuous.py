@@ -90,7 +90,7 @@ def main(
     for _ in range(repeats + 1):  # the first round is not counted
         for name, pipeline in pipelines.items():
             rates[name].append(batch / timed(pipeline, batch))
-    print(f"\nbatch {batch}, {threads} CPU thread(s); tokens alone, without the decoder")
+    print(f"\nbatch {batch}, {threads} thread(s), CPU time; tokens alone, without the decoder")
     print("| model | passes | network calls | tokens x calls | images/s | FID, random features |")
     print("|---|---|---|---|---|---|")
     for name, pipeline in pipelines.items():
@@ -149,11 +149,11 @@ def open_row(folder: Path, model: str, changes: dict[str, object]) -> ImagePipel
 
 
 def timed(pipeline: ImagePipeline, batch: int) -> float:
-    """Return the seconds that the tokens of a batch take, of the classes in turn."""
+    """Return the seconds of CPU time that the tokens of a batch take, of the classes in turn."""
     labels = torch.arange(batch) % len(pipeline.class_names)
-    began = time.perf_counter()
+    began = time.process_time()
     pipeline.sample_tokens(labels, 0, range(batch))
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 def cost(pipeline: ImagePipeline) -> tuple[int, int, int]:

@@ -73,18 +73,17 @@ class XARSizes(Sizes):
         return f"xAR {2 * self.depth} x {self.width}, {cells}"
 
 
-HUNDRED, ANNEALED, ANNEALED_FLOW = map(Schedule, (100, "linear(50,5)", "linear(50,15)"))
+HUNDRED, ANNEALED = map(Schedule, (100, "linear(50,5)"))
 LARGE = {"head_width": 1024, "head_depth": 6}  # the head of MAR-B
 MAR = (
-    *(MARSizes(batch=batch) for batch in (1, 4, 16)),
+    *(MARSizes(batch=batch) for batch in (1, 4)),
     *(MARSizes(batch=batch, steps=HUNDRED) for batch in (1, 4)),
-    *(MARSizes(batch=batch, passes=64) for batch in (1, 4)),
-    *(MARSizes(batch=batch, **LARGE) for batch in (1, 4)),
-    *(MARSizes(passes=64, steps=steps, **LARGE) for steps in (Schedule(25), ANNEALED)),
+    *(MARSizes(passes=64, steps=steps) for steps in (HUNDRED, ANNEALED)),
+    MARSizes(passes=64, **LARGE),
 )
 XAR = (
-    *(XARSizes(width=width, batch=batch) for width in (256, 512) for batch in (1, 4)),
-    *(XARSizes(steps=steps) for steps in (Schedule(50), ANNEALED_FLOW)),
+    *(XARSizes(batch=batch) for batch in (1, 4)),
+    XARSizes(width=512),
 )
 
 

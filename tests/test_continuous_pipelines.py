@@ -52,6 +52,19 @@ def test_a_fresh_pipeline_makes_finite_pictures(name, dtype):
         assert images.shape == (3, 3, 8, 8)
 
 
+@pytest.mark.parametrize(
+    ("name", "calls"),
+    [
+        ("MAR", list(range(20, 4, -1))),
+        ("xAR", [9, 7, 5, 4]),
+        ("FlowAR", [8, 6, 4]),  # of 9 steps the released grid takes 8
+    ],
+)
+def test_calls_follow_annealed_steps(name, calls):
+    generator, decoding = pipeline(name).generator, ANNEALED[name]
+    assert decoding.calls(decoding.plan_of(generator), generator.head) == calls
+
+
 @pytest.mark.parametrize("name", GENERATORS)
 def test_info_describes_every_plan(name, capsys):
     generator = pipeline(name).generator

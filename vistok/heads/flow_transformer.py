@@ -211,6 +211,9 @@ class FlowTransformerHead(ValueHead):
     ) -> Float[Tensor, "b n 1 c"]:
         return noise.normal(num_tokens, 1, self.output.out_features)
 
+    def evaluations(self, sampling: Sampling, budget: int) -> int:
+        return len(flow_times(sampling.sampler or self.samplers[0], budget)) - 1
+
     def sample(
         self,
         hidden: Float[Tensor, "b s d"],
