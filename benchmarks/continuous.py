@@ -97,8 +97,7 @@ def main(
         passes, calls, rows = cost(pipeline)
         rate, fid = statistics.median(rates[name][1:]), done[name]["scores"]["fid"]
         print(f"| {name} | {passes} | {calls} | {rows} | {rate:.1f} | {fid:.1f} |")
-    for model in TOKENIZERS:
-        draw(folder, model, {n: p for n, p in pipelines.items() if ROWS[n][0] == model})
+    draw(folder / "samples.png", pipelines)
 
 
 def call(*command: object) -> None:
@@ -164,11 +163,11 @@ def cost(pipeline: ImagePipeline) -> tuple[int, int, int]:
     return len(plan), sum(calls), sum(map(operator.mul, calls, plan.sizes))
 
 
-def draw(folder: Path, model: str, pipelines: dict[str, ImagePipeline]) -> None:
+def draw(file: Path, pipelines: dict[str, ImagePipeline]) -> None:
     """Write the same numbers of the same classes by each row, one under another."""
     classes = torch.arange(18) % 9
     rows = [pipeline.sample(classes, 0, range(18)) for pipeline in pipelines.values()]
-    image_grid(torch.cat(rows), 18, list(pipelines)).save(folder / f"{model}.png")
+    image_grid(torch.cat(rows), 18, list(pipelines)).save(file)
 
 
 if __name__ == "__main__":

@@ -74,12 +74,10 @@ class XARSizes(Sizes):
 
 
 HUNDRED, ANNEALED = map(Schedule, (100, "linear(50,5)"))
-LARGE = {"head_width": 1024, "head_depth": 6}  # the head of MAR-B
 MAR = (
     *(MARSizes(batch=batch) for batch in (1, 4)),
     *(MARSizes(batch=batch, steps=HUNDRED) for batch in (1, 4)),
     *(MARSizes(passes=64, steps=steps) for steps in (HUNDRED, ANNEALED)),
-    MARSizes(passes=64, **LARGE),
 )
 XAR = (
     *(XARSizes(batch=batch) for batch in (1, 4)),
