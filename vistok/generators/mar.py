@@ -259,7 +259,7 @@ class MAR(Generator):
         for name in TABLES:
             state[name] = resized_table(state[name], self.decoded.shape, other.decoded.shape)
         other.load_state_dict(state)
-        return other.to(self.device, self.dtype).train(self.training)
+        return other.to(self.output_position).train(self.training)
 
     def compile_decoding(self, **options) -> None:
         # Known positions grow and wanted ones vary: one graph of dynamic sizes serves all passes.
