@@ -4,11 +4,11 @@ python benchmarks/annealing.py
 
 Models have random weights, for time does not depend on them. Each line gives what annealed steps
 take of as many constant ones as they begin with: how often the network that takes the steps is
-called, for how many tokens in all, the CPU time in its calls, and that of whole batches, which in
-MAR holds the transformer's passes, too.
+called, for how many tokens in all, those of the null half of guidance included, the CPU time in its
+calls, and that of whole batches, which in MAR holds the transformer's passes, too.
 """
 
-import operator
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -129,10 +129,11 @@ def annealing(
 
 def evaluations(model: Generator, decoding: Decoding) -> tuple[int, int]:
     """Return how often the network that takes the steps is called, and for how many tokens of an
-    image in all calls."""
+    image in all calls, of which those under guidance count twice."""
     plan = decoding.plan_of(model)
     calls = decoding.calls(plan, model.head)
-    return sum(calls), sum(map(operator.mul, calls, plan.sizes))
+    halves = [1 if scale == 1 else 2 for scale in decoding.scales(plan)]
+    return sum(calls), sum(map(math.prod, zip(calls, plan.sizes, halves, strict=True)))
 
 
 class Stopwatch:

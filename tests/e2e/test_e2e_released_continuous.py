@@ -51,7 +51,8 @@ def test_annealed_steps_take_their_share_of_calls(capfd):
     assert xar[:3] == ["xAR", "2", "linear(9,3)"]
     # Of 64 tokens the passes of MAR decode 9, 23 and 32, in 8, 6 and 4 steps instead of 8.
     assert [float(share) for share in mar[3:5]] == [0.75, round((72 + 138 + 128) / 512, 3)]
-    # The cells of xAR are alike, and take 9, 7, 5 and 3 steps instead of 9.
-    assert [float(share) for share in xar[3:5]] == [round(24 / 36, 3)] * 2
+    # The cells of xAR take 9, 7, 5 and 3 steps instead of 9, the first without a null half.
+    shares = [round(24 / 36, 3), round((9 + 2 * 15) / (9 + 2 * 27), 3)]
+    assert [float(share) for share in xar[3:5]] == shares
     for row in (mar, xar):
         assert all(float(time) > 0 for time in row[5:])
