@@ -157,6 +157,17 @@ def test_less_room_for_modulations_changes_nothing(monkeypatch, room):
     assert len(state.modulations) <= room
 
 
+def test_weights_by_columns_are_for_few_rows(monkeypatch):
+    """Of the tokens they change nothing; a state that is used again holds none of other weights."""
+    model, decoded = tiny(), []
+    state = model.new_state(6, model.plan())
+    for most in (24, 23):  # rows of both halves
+        monkeypatch.setattr(xar, "MOST_ROWS", most)
+        decoded.append(decode(model, LABELS, Noise(0, range(3)), GUIDED, state))
+        assert len(state.weights) == (1 + 3 * 4 if most == 24 else 0)
+    assert torch.allclose(*decoded, atol=1e-4)
+
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_block_masks_are_dense_masks():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vistok.layers.linear import Linear
+from vistok.layers.linear import Linear, by_columns, laid_out
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -22,3 +22,22 @@ def test_autocast_and_transposed_inputs():
         assert linear(x).dtype == torch.bfloat16
     with torch.inference_mode():
         assert torch.allclose(linear(x), x @ linear.weight.t(), atol=1e-6)
+
+
+def test_another_layout_is_lent():
+    """Within, a map reads what it was lent; then its own again, even after an error."""
+    linear, x = Linear(12, 20, bias=True), torch.randn(5, 12)
+    with torch.inference_mode():
+        weights = by_columns([linear])
+        assert weights[linear].stride() == (1, 20)
+        assert torch.equal(weights[linear], linear.weight)
+        expected = linear(x)
+        with laid_out(weights):
+            assert torch.allclose(linear(x), expected, atol=1e-6)
+        doubled = {linear: 2 * weights[linear]}
+        with pytest.raises(RuntimeError, match="stop"), laid_out(doubled):
+            assert torch.allclose(linear(x), 2 * expected - linear.bias, atol=1e-6)
+            raise RuntimeError("stop")
+        assert torch.equal(linear(x), expected)
+    with laid_out(doubled):  # not in training
+        assert torch.allclose(linear(x), expected, atol=1e-6)

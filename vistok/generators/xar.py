@@ -28,7 +28,7 @@ from vistok.generators.conditions import ClassCondition
 from vistok.heads.base import PLAIN, Head
 from vistok.layers.gated_transformer import gated_width
 from vistok.layers.gated_trunk import Caches, GatedTrunk
-from vistok.layers.linear import Linear
+from vistok.layers.linear import MOST_ROWS, Linear, Weights, by_columns, laid_out
 from vistok.layers.positions import TimeEmbedding
 from vistok.layers.pyramid import pyramid, pyramid_coordinates
 from vistok.losses.flow import FlowTimes
@@ -62,14 +62,17 @@ class EntityFlow(Head):
 
 @dataclass
 class DecodingState:
-    """Keys and values of finished entities, and the modulations of each block by whole time."""
+    """Keys and values of finished entities, the modulations of each block by whole time and, where
+    another layout is the faster one, weights."""
 
     cache: Caches
     modulations: dict[int, list[Float[Tensor, "b 1 6 d"]]] = field(default_factory=dict)
+    weights: Weights = field(default_factory=dict)
 
     def reset(self) -> None:
         self.cache.reset()
         self.modulations.clear()
+        self.weights.clear()
 
     def keep(self, batch: int) -> None:
         self.cache.keep(batch)
@@ -257,7 +260,6 @@ class XAR(Generator):
         null half takes part where it counts."""
         sampler = how.sampling.sampler or self.head.samplers[0]
         times = time_id(flow_times(sampler, how.budget)).tolist()
-        self.step(tokens, condition, fed, state)
         guided = len(condition) > how.batch and how.scale != 1
         rows = 2 * how.batch if guided else how.batch
 
@@ -271,7 +273,10 @@ class XAR(Generator):
             conditional, null = found.chunk(2)
             return torch.lerp(null, conditional, how.scale)
 
-        return integrate(velocity, how.noise * how.sampling.temperature, sampler, how.budget)
+        noise = how.noise * how.sampling.temperature
+        with laid_out(self.weights(len(condition) * len(fed.predict), state)):
+            self.step(tokens, condition, fed, state)
+            return integrate(velocity, noise, sampler, how.budget)
 
     def step(
         self,
@@ -287,6 +292,14 @@ class XAR(Generator):
             x = self.transformer(x, fed.tokens, modulations, caches=state.cache)
             state.cache.advance(len(fed.tokens))
         return x
+
+    def weights(self, rows: int, state: DecodingState) -> Weights:
+        """Return those of the trunk in another layout if it is the faster one for so many rows."""
+        if self.device.type != "cpu" or rows > MOST_ROWS:
+            return {}
+        if not state.weights:
+            state.weights = by_columns(self.trunk.linear_maps())
+        return state.weights
 
     def modulations(
         self, times: Sequence[int], condition: Int64[Tensor, "b"], state: DecodingState

@@ -29,7 +29,10 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "b r d"]) -> Float[Tensor, "b r d"]:
         gate, value = self.gate_value(x).chunk(2, dim=-1)
-        return self.dropout(self.out(self.dropout(gelu(gate) * value)))
+        gated = gelu(gate)
+        # In place where it may be: memory of this size, taken anew, costs more than the product.
+        gated = gated * value if torch.is_grad_enabled() else gated.mul_(value)
+        return self.dropout(self.out(self.dropout(gated)))
 
 
 class GatedBlock(nn.Module):

@@ -99,6 +99,11 @@ class GatedTrunk(nn.Module):
         blocks = (*self.encoder.blocks, *self.decoder.blocks)
         return [block.modulate(condition) for block in blocks]
 
+    def linear_maps(self) -> list[Linear]:
+        """Return those through which rows pass: all but the ones that make modulations."""
+        maps = {n: m for n, m in self.named_modules() if isinstance(m, Linear)}
+        return [module for name, module in maps.items() if not name.endswith("modulation")]
+
     def forward(
         self,
         x: Float[Tensor, "b r d"],
