@@ -57,7 +57,7 @@ class Head:
 
 def main(
     sizes: Sizes = Sizes(),
-    heads: list[Head] = (Head(256, 3), Head(1024, 6)),
+    heads: list[Head] | None = None,
     passes: int = 64,
     mar: Schedule = Schedule("linear(50,5)"),
     cell: int = 8,
@@ -69,7 +69,7 @@ def main(
 
     Args:
         sizes: of the transformers
-        heads: of MAR, each a model
+        heads: of MAR, each a model; by default a small one and that of MAR-B
         passes: of MAR
         mar: its annealed steps
         cell: positions a side of the cells of xAR
@@ -82,7 +82,7 @@ def main(
     spec, widths = TokenSpec.latents((sizes.side,) * 2, CHANNELS), (sizes.width, sizes.depth)
     decoding = Decoding(Order(f"mar({passes})"), GUIDANCE, steps=mar, sampler=LATEST)
     cases = []
-    for head in heads:
+    for head in heads or (Head(256, 3), Head(1024, 6)):
         inner = DiffusionHead(head.width, head.depth)
         model = MAR(spec, CLASSES, inner, *widths, sizes.num_heads)
         cases.append((f"MAR, head {head.depth} x {head.width}", model, decoding))
