@@ -8,7 +8,7 @@ import importlib
 _MODULES = {
     "vistok.tokens": ["TokenSpec"],
     "vistok.pipelines": ["ImagePipeline"],
-    "vistok.quantizers": ["FSQ", "DimensionWise", "Gaussian", "StochasticVQ", "VQ"],
+    "vistok.quantizers": ["FSQ", "DimensionWise", "Gaussian", "MultiScale", "StochasticVQ", "VQ"],
     "vistok.tokenizers": [
         "LARP",
         "ConvTokenizer",

@@ -7,6 +7,7 @@ after another in one sequence, each in raster order, as those of the order `scal
 
 from collections.abc import Sequence
 from math import isqrt
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -16,8 +17,7 @@ from torch.nn.functional import interpolate
 
 def pyramid(latents: Float[Tensor, "b h w c"], sides: Sequence[int]) -> Float[Tensor, "b n c"]:
     """Return the scales of `sides` positions a side."""
-    grid = latents.permute(0, 3, 1, 2)
-    return torch.cat([_positions(interpolate(grid, (s, s), mode="area")) for s in sides], dim=1)
+    return torch.cat([resized(latents, (s, s), "area").flatten(1, 2) for s in sides], dim=1)
 
 
 def upscaled(
@@ -25,9 +25,9 @@ def upscaled(
 ) -> Float[Tensor, "b {side*side} c"]:
     """Return what a scale, a square of n positions, tells of one of `side` positions a side: it is
     blown up to the whole grid, smoothly, and averaged."""
-    grid = scale.unflatten(1, (isqrt(scale.shape[1]), -1)).permute(0, 3, 1, 2)
-    full = interpolate(grid, (full_side, full_side), mode="bicubic")
-    return _positions(interpolate(full, (side, side), mode="area"))
+    grid = scale.unflatten(1, (isqrt(scale.shape[1]), -1))
+    full = resized(grid, (full_side, full_side), "bicubic")
+    return resized(full, (side, side), "area").flatten(1, 2)
 
 
 def pyramid_coordinates(sides: Sequence[int]) -> Float[Tensor, "n 2"]:
@@ -37,5 +37,11 @@ def pyramid_coordinates(sides: Sequence[int]) -> Float[Tensor, "n 2"]:
     return torch.cat([torch.cartesian_prod(axis, axis) for axis in axes])
 
 
-def _positions(grid: Float[Tensor, "b c h w"]) -> Float[Tensor, "b _ c"]:
-    return grid.flatten(2).transpose(1, 2)
+def resized(
+    grid: Float[Tensor, "b _ _ c"], size: tuple[int, int], mode: Literal["area", "bicubic"]
+) -> Float[Tensor, "b _ _ c"]:
+    """Return a grid of another size: means over areas, which overlap where sizes do not divide, or
+    smoothly between its positions, whose corners are not those of the new ones."""
+    if tuple(grid.shape[1:3]) == tuple(size):
+        return grid
+    return interpolate(grid.movedim(-1, 1), size, mode=mode).movedim(1, -1)
