@@ -3,59 +3,99 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from family import POSITIONS, QUANTIZERS, spread
 
 from vistok.errors import UserError
 from vistok.quantizers import FSQ, VQ, code_statistics
 
-QUANTIZERS = {
-    "fsq": lambda: FSQ([8, 5, 4]),
-    "vq": lambda: VQ(20, 3),
-    "vq-euclidean": lambda: VQ(20, 3, l2_normalise=False),
-    "vq-entropy-revival": lambda: VQ(20, 3, entropy=0.1, revival=True),
-}
 every_quantizer = pytest.mark.parametrize("make", QUANTIZERS.values(), ids=QUANTIZERS)
 
 
-def spread(quantizer):
-    """Give a codebook of unit scale, so that latents of unit scale meet many codes."""
-    if isinstance(quantizer, VQ):
-        torch.nn.init.normal_(quantizer.embedding.weight)
-    return quantizer
+def latents_of(quantizer):
+    return torch.randn(2, *POSITIONS, quantizer.in_dim)
 
 
 @every_quantizer
 def test_the_three_paths_agree(make):
-    torch.manual_seed(0)
-    quantizer = spread(make())
-    latents = torch.randn(2, 4, 5, quantizer.dim)
+    quantizer = make()
+    latents = latents_of(quantizer)
     trained = quantizer(latents)
     evaluated = quantizer.eval()(latents)
+    quantizer.spec(POSITIONS).check(evaluated.ids, "forward")
     assert evaluated.ids.dtype == torch.int64
-    assert evaluated.ids.shape == (2, 4, 5)
-    assert torch.equal(evaluated.ids, trained.ids)
     assert torch.equal(evaluated.ids, quantizer.encode(latents))
     assert torch.equal(evaluated.quantised, quantizer.decode(evaluated.ids))
-    torch.testing.assert_close(trained.quantised, evaluated.quantised)
+    if not quantizer.draws:
+        assert torch.equal(evaluated.ids, trained.ids)
+        torch.testing.assert_close(trained.quantised, evaluated.quantised)
 
 
 @every_quantizer
 def test_autocast_leaves_float32_arithmetic(make):
-    torch.manual_seed(0)
-    quantizer = spread(make()).eval()
-    latents = torch.randn(200, quantizer.dim).bfloat16()
+    quantizer = make().eval()
+    latents = latents_of(quantizer).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         under = quantizer(latents)
     assert under.quantised.dtype == torch.float32
+    assert all(loss.dtype == torch.float32 for loss in under.losses.values())
     assert torch.equal(under.ids, quantizer.encode(latents.float()))
     assert torch.equal(under.quantised, quantizer(latents.float()).quantised)
 
 
+@every_quantizer
+def test_statistics_describe_the_batch(make):
+    quantizer = make().eval()
+    result = quantizer(latents_of(quantizer))
+    digits = quantizer.spec(POSITIONS).levels
+    codes = result.ids.reshape(-1, len(digits or [0]))
+    codebooks = digits or [quantizer.vocab_size]
+    hit = [len(codes[:, i].unique()) for i in range(len(codebooks))]
+    assert result.dead_codes == sum(codebooks) - sum(hit)
+    shares = [used / size for used, size in zip(hit, codebooks, strict=True)]
+    torch.testing.assert_close(result.usage, torch.tensor(sum(shares) / len(shares)))
+    assert 1 <= result.perplexity <= max(hit) + 1e-3
+    assert list(result.statistics) == ["codebook_usage", "codebook_perplexity", "dead_codes"]
+
+
+@every_quantizer
+def test_compiled_equals_eager(make):
+    quantizer = make()
+    if quantizer.draws:
+        quantizer.eval()
+    latents = latents_of(quantizer)
+
+    def outcome(forward):
+        leaf = latents.clone().requires_grad_()
+        quantizer.zero_grad()
+        result = forward(leaf)
+        (result.quantised.square().sum() + sum(result.losses.values())).backward()
+        gradients = {name: p.grad.clone() for name, p in quantizer.named_parameters()}
+        return result, gradients | {"latents": leaf.grad}
+
+    torch.compiler.reset()
+    compiled, its_gradients = outcome(torch.compile(quantizer, fullgraph=True))
+    eager, gradients = outcome(quantizer)
+    assert torch.equal(compiled.ids, eager.ids)
+    close = {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(compiled.quantised, eager.quantised, **close)
+    torch.testing.assert_close(compiled.losses, eager.losses, **close)
+    torch.testing.assert_close(compiled.statistics, eager.statistics, **close)
+    torch.testing.assert_close(its_gradients, gradients, **close)
+
+
 def test_code_statistics():
-    usage, perplexity = code_statistics(torch.arange(8).repeat(3), 8)
-    assert usage == 1
+    usage, perplexity, dead = code_statistics(torch.arange(8).repeat(3), 8)
+    assert (usage, dead) == (1, 0)
     torch.testing.assert_close(perplexity, torch.tensor(8.0))
-    usage, perplexity = code_statistics(torch.full((5, 2), 3), 8)
-    assert (usage, perplexity) == (1 / 8, 1)
+    assert code_statistics(torch.full((5, 2), 3), 8) == (1 / 8, 1, 7)
+
+
+def test_code_statistics_of_several_codebooks():
+    ids = torch.tensor([[0, 2], [1, 2], [1, -1], [0, -1]])
+    usage, perplexity, dead = code_statistics(ids, (2, 4))
+    torch.testing.assert_close(usage, torch.tensor((1 + 1 / 4) / 2))
+    torch.testing.assert_close(perplexity, torch.tensor((2 + 1) / 2))
+    assert dead == 3
 
 
 @pytest.mark.parametrize("levels", [[8, 5, 4], [3, 7], [8, 8, 8], [2, 3]])

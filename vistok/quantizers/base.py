@@ -17,8 +17,9 @@ class Quantized:
 
     `quantised` carries the straight-through gradient in training and is the exact code in eval;
     `ids` are the tokens, the latents themselves where these stay continuous; `losses` are scalars,
-    already weighted, to be summed; `usage` (share of the codebook hit) and `perplexity` (e to the
-    entropy of the code histogram) describe this batch, where there is a codebook.
+    already weighted, to be summed; `usage` (share of the codebook hit), `perplexity` (e to the
+    entropy of the code histogram) and `dead_codes` (how many codes are not hit) describe this
+    batch, where there is a codebook.
     """
 
     quantised: Float[Tensor, "*positions d"]
@@ -26,11 +27,16 @@ class Quantized:
     losses: dict[str, Tensor] = field(default_factory=dict)
     usage: Tensor | None = None
     perplexity: Tensor | None = None
+    dead_codes: Tensor | None = None
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """What to log beside the losses."""
-        found = {"usage": self.usage, "perplexity": self.perplexity}
+        """What to log beside the losses, under the names that the log has for whole windows."""
+        found = {
+            "codebook_usage": self.usage,
+            "codebook_perplexity": self.perplexity,
+            "dead_codes": self.dead_codes,
+        }
         return {name: value for name, value in found.items() if value is not None}
 
 
@@ -75,11 +81,20 @@ class Quantizer(Component):
         """
 
 
-def code_statistics(ids: Int64[Tensor, "..."], vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Return (usage, perplexity) of a batch of codes as scalars on its device."""
-    ids = ids.flatten()
+def code_statistics(
+    ids: Int64[Tensor, "..."], vocab_size: int | Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (usage, perplexity, dead codes) of a batch of codes as scalars on its device. Given
+    the sizes of several codebooks, the last axis of `ids` has a code of each: the first two are
+    their means, the last the sum. Negative ids, of codes left out, do not count."""
+    sizes = (vocab_size,) if isinstance(vocab_size, int) else tuple(vocab_size)
+    ids = ids.reshape(-1, len(sizes)).T
     # Unlike bincount, this does not make the host wait for the device.
-    counts = torch.zeros(vocab_size, device=ids.device)
-    counts.scatter_add_(0, ids, torch.ones_like(ids, dtype=counts.dtype))
-    p = counts / counts.sum()
-    return (counts > 0).float().mean(), torch.exp(-torch.special.xlogy(p, p).sum())
+    counts = torch.zeros(len(sizes), 1 + max(sizes), device=ids.device)
+    counts.scatter_add_(1, ids.clamp(min=-1) + 1, torch.ones_like(ids, dtype=counts.dtype))
+    counts = counts[:, 1:]
+    p = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    perplexity = torch.exp(-torch.special.xlogy(p, p).sum(1)).mean()
+    hit = (counts > 0).sum(1)
+    usage = sum(used / size for used, size in zip(hit, sizes, strict=True)) / len(sizes)
+    return usage, perplexity, sum(sizes) - hit.sum()

@@ -82,8 +82,8 @@ class DimensionWise(Gaussian):
             quantised = values + (quantised - values).detach()
         # Each channel has its own histogram: the mean usage, the geometric mean of perplexities.
         apart = ids + self.levels * torch.arange(self.dim, device=ids.device)
-        usage, perplexity = code_statistics(apart, self.levels * self.dim)
-        return Quantized(quantised, ids, self.losses(latents), usage, perplexity / self.dim)
+        usage, perplexity, dead = code_statistics(apart, self.levels * self.dim)
+        return Quantized(quantised, ids, self.losses(latents), usage, perplexity / self.dim, dead)
 
     def encode(
         self,

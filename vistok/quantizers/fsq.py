@@ -44,8 +44,7 @@ class FSQ(Quantizer):
         if self.training:
             rounded = bounded + (rounded - bounded).detach()
         quantised = rounded / (self.levels // 2)
-        usage, perplexity = code_statistics(ids, self.vocab_size)
-        return Quantized(quantised, ids, usage=usage, perplexity=perplexity)
+        return Quantized(quantised, ids, {}, *code_statistics(ids, self.vocab_size))
 
     def encode(self, latents: Float[Tensor, "*positions d"]) -> Int64[Tensor, "*positions"]:
         return self._to_ids(self._bound(latents).round())
