@@ -2,6 +2,7 @@
 a grid of latents as codes of rising resolution, each scale of what the coarser ones left over."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -81,7 +82,7 @@ class MultiScale(Quantizer):
                 f"MultiScale: the last scale is {last}, but latents are {found}: set scales that "
                 "end there"
             )
-        return self.quantizer.spec(self.scales, ordered=True)
+        return replace(self.quantizer.spec(shape, ordered=True), shape=self.scales)
 
     def forward(
         self, latents: Float[Tensor, "b h w d"], kept: Sequence[int] | None = None
