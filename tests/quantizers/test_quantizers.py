@@ -57,32 +57,6 @@ def test_statistics_describe_the_batch(make):
     assert list(result.statistics) == ["codebook_usage", "codebook_perplexity", "dead_codes"]
 
 
-@every_quantizer
-def test_compiled_equals_eager(make):
-    quantizer = make()
-    if quantizer.draws:
-        quantizer.eval()
-    latents = latents_of(quantizer)
-
-    def outcome(forward):
-        leaf = latents.clone().requires_grad_()
-        quantizer.zero_grad()
-        result = forward(leaf)
-        (result.quantised.square().sum() + sum(result.losses.values())).backward()
-        gradients = {name: p.grad.clone() for name, p in quantizer.named_parameters()}
-        return result, gradients | {"latents": leaf.grad}
-
-    torch.compiler.reset()
-    compiled, its_gradients = outcome(torch.compile(quantizer, fullgraph=True))
-    eager, gradients = outcome(quantizer)
-    assert torch.equal(compiled.ids, eager.ids)
-    close = {"atol": 1e-5, "rtol": 1e-4}
-    torch.testing.assert_close(compiled.quantised, eager.quantised, **close)
-    torch.testing.assert_close(compiled.losses, eager.losses, **close)
-    torch.testing.assert_close(compiled.statistics, eager.statistics, **close)
-    torch.testing.assert_close(its_gradients, gradients, **close)
-
-
 def test_code_statistics():
     usage, perplexity, dead = code_statistics(torch.arange(8).repeat(3), 8)
     assert (usage, dead) == (1, 0)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vistok.decoding.sampling import Sampling, sample_categorical
 from vistok.models import register_to_config
+from vistok.quantizers.codebook import similarities
 from vistok.quantizers.vq import VQ
 
 
@@ -36,13 +37,14 @@ class StochasticVQ(VQ):
         """Return the nearest codes or, given one number in [0, 1) per latent, drawn ones."""
         if uniform is None:
             return super().encode(latents)
-        return self._draw(self._similarities(latents), uniform)
+        return self._draw(self._normalised(latents), self._codes(), uniform)
 
-    def _choose(self, similarities: Float[Tensor, "*positions k"]) -> Int64[Tensor, "*positions"]:
+    def _choose(self, latents: Tensor, codes: Tensor) -> Int64[Tensor, "*positions"]:
         if not self.training:
-            return super()._choose(similarities)
-        uniform = torch.rand(similarities.shape[:-1], device=similarities.device)
-        return self._draw(similarities, uniform)
+            return self._nearest(latents, codes)
+        return self._draw(latents, codes, torch.rand(latents.shape[:-1], device=latents.device))
 
-    def _draw(self, similarities: Tensor, uniform: Tensor) -> Tensor:
-        return sample_categorical(similarities.detach(), uniform, self.sampling)
+    def _draw(self, latents: Tensor, codes: Tensor, uniform: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            alike = similarities(*self._compared(latents, codes)).detach()
+        return sample_categorical(alike, uniform, self.sampling)
