@@ -45,8 +45,7 @@ def stream(spec: TokenSpec, length: int | None = None, seed: int = 0) -> Stream:
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_what_is_written_is_read(spec):
-    lengths = {1, 2, spec.num_tokens - 1, spec.num_tokens} if spec.has_prefixes else {None}
-    for length in lengths:
+    for length in {*spec.lengths[:2], *spec.lengths[-2:]} if spec.has_prefixes else {None}:
         written = stream(spec, length)
         content = dumps(written, spec)
         read = loads(content, spec, KEY, "a.vtk")
@@ -57,12 +56,21 @@ def test_what_is_written_is_read(spec):
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_the_size_formula_is_exact(spec):
-    lengths = range(1, spec.num_tokens + 1) if spec.has_prefixes else [spec.num_tokens]
-    for length in lengths:
+    for length in spec.lengths:
         content = dumps(stream(spec, length), spec)
         assert len(content) == file_size(spec, length) == 22 + payload_size(spec, length)
     whole = file_size(spec, spec.num_tokens)
     assert longest_within(spec, whole) == longest_within(spec, whole + 1000) == spec.num_tokens
+
+
+def test_whole_scales_fit_a_size():
+    spec = TokenSpec.ids(((1, 1), (2, 2), (3, 3)), 256, ordered=True)
+    sizes = [file_size(spec, length) for length in (1, 5, 14)]
+    assert [longest_within(spec, size) for size in range(sizes[0], sizes[2])] == [1] * 4 + [5] * 9
+    for target, length in ((0.5, 1), (1.5, 5), (5.0, 5), (5.5, 14), (14.0, 14)):
+        assert (
+            shortest_reaching(lambda lengths: [float(n) for n in lengths], spec, target) == length
+        )
 
 
 def test_the_longest_length_is_found_for_every_size():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vistok import ImagePipeline, LlamaGen, TokenSpec
-from vistok.decoding import Decoding, Schedule
+from vistok.decoding import Corrected, Decoding, Schedule
 from vistok.errors import CheckpointError, IncompatibleTokensError, UserError
 from vistok.images import image_grid, to_pil
 from vistok.quantizers import FSQ
@@ -44,7 +44,7 @@ def test_classes_go_by_name_or_number(pipeline):
 
 def test_an_image_is_the_same_in_any_company(pipeline):
     labels = torch.arange(12) % 3
-    decoding = Decoding(guidance=Schedule("linear(1,3)"), top_k=8)
+    decoding = Decoding(guidance=Schedule("linear(1,3)"), top_k=Corrected(8))
     together = pipeline.sample(labels, 7, range(12), decoding)
     for i in (11, 0, 5):
         alone = pipeline.sample(labels[i : i + 1], 7, [i], decoding)
@@ -126,15 +126,15 @@ def test_save_and_load(pipeline, tmp_path):
 
 
 def test_a_checkpoint_says_how_it_decodes(pipeline, tmp_path):
-    own = Decoding(guidance=Schedule("linear(1,3)"), temperature=Schedule(0.5), top_k=3)
+    own = Decoding(guidance=Schedule("linear(1,3)"), temperature=Schedule(0.5), top_k=Corrected(3))
     ImagePipeline(pipeline.tokenizer, pipeline.generator, own).save_pretrained(tmp_path)
     loaded = ImagePipeline.from_pretrained(tmp_path)
     assert loaded.decoding == own
     labels = torch.tensor([0, 1])
     by_itself = loaded.sample_tokens(labels, 0, [0, 1])
     assert torch.equal(by_itself, pipeline.sample_tokens(labels, 0, [0, 1], own))
-    assert own.changed(top_k=None, top_p=0.5) == Decoding(
-        own.plan, own.guidance, own.temperature, 3, 0.5
+    assert own.changed(top_k=None, top_p=Corrected(0.5)) == Decoding(
+        own.plan, own.guidance, own.temperature, top_p=Corrected(0.5), top_k=own.top_k
     )
     (tmp_path / "decoding.json").write_text('{"guidanc": 2}')
     with pytest.raises(CheckpointError, match="decoding"):

@@ -92,3 +92,15 @@ def test_whole_sequences_fit_a_tokenizer_of_any_length():
     require_same("A", ordered, "B", ordered)
     with pytest.raises(IncompatibleTokensError, match="A makes 8 ids of 16"):
         require_same("A", whole, "B", ordered)
+
+
+def test_first_scales_decode():
+    spec = TokenSpec.ids(((1, 1), (2, 3), (4, 4)), 9, ordered=True)
+    assert list(spec.lengths) == [1, 7, 23] and spec.has_prefixes
+    assert spec.first(7).shape == ((1, 1), (2, 3)) and spec.first(23) == spec
+    spec.check(torch.zeros(2, 7, dtype=torch.long), "here")
+    with pytest.raises(UserError, match="decodes from 1, 7, 23 tokens"):
+        spec.first(8)
+    with pytest.raises(UserError, match="expected 1x1"):
+        spec.check(torch.zeros(2, 8, dtype=torch.long), "here")
+    assert TokenSpec.ids(((1, 1), (2, 2)), 9).lengths == (5,)

@@ -118,11 +118,11 @@ def main(
         if tuple(held_out.class_names) != tuple(source.class_names):
             raise UserError(f"validation data {held_out.name} has other classes than {source.name}")
     num_steps = -(-images // batch_size)
-
-    net = generator(frozen.spec, list(source.class_names)).to(accelerator.device).train()
+    net = generator(frozen.spec, list(source.class_names))
+    net.take_codes(frozen)
     if initial is not None:
         start_from(net, initial)
-    decoding.plan_of(net)  # what does not fit is an error here
+    decoding.plan_of(net.to(accelerator.device).train())  # what does not fit is an error here
     captions = caption_shape(net)
     if captions is not None:
         for cache in (source, held_out):

@@ -6,6 +6,7 @@
 Stop it with Ctrl-C or SIGTERM, and go on where it was with `--resume true`.
 """
 
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -230,10 +231,9 @@ def main(
 
 
 def shorter_lengths(spec: TokenSpec) -> list[int]:
-    """Return a sixteenth and a quarter of the tokens, where that many decode."""
-    if not spec.has_prefixes:
-        return []
-    return [spec.num_tokens // part for part in (16, 4) if spec.num_tokens >= part]
+    """Return a sixteenth and a quarter of the tokens, or the next fewer that decode, if any do."""
+    fewer = (bisect_right(spec.lengths, spec.num_tokens // part) - 1 for part in (16, 4))
+    return [spec.lengths[place] for place in sorted(set(fewer)) if place >= 0]
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ import vistok
 from vistok import commands
 from vistok.decoding.orders import Order
 from vistok.decoding.samplers import Sampler
-from vistok.decoding.schedules import Schedule
+from vistok.decoding.schedules import Corrected, Schedule
 from vistok.errors import UserError, suggestion
 from vistok.launch import start_all_processes
 
 register_type(Schedule, str, Schedule)
+register_type(Corrected, str, Corrected)
 register_type(Order, str, Order)
 register_type(Sampler, str, Sampler)
 

@@ -21,6 +21,7 @@ known place, so that a file can be cut after any token and closed by a new count
 import math
 import struct
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -87,14 +88,14 @@ def file_size(spec: TokenSpec, length: int) -> int:
 def longest_within(spec: TokenSpec, size: int) -> int:
     """Return how many tokens a file of at most `size` bytes can hold; raises `UserError` where not
     even the fewest that decode fit."""
-    fewest = 1 if spec.has_prefixes else spec.num_tokens
-    if size < file_size(spec, fewest):
+    fewest = file_size(spec, spec.lengths[0])
+    if size < fewest:
         raise UserError(
-            f"{size} bytes: the smallest file of {spec} takes {file_size(spec, fewest)}, "
+            f"{size} bytes: the smallest file of {spec} takes {fewest}, "
             f"{HEADER.size + CHECKSUM.size} of them around the tokens"
         )
     bits = 8 * (size - HEADER.size - CHECKSUM.size)
-    return min(spec.num_tokens, bits // bits_per_token(spec))
+    return spec.lengths[bisect_right(spec.lengths, bits // bits_per_token(spec)) - 1]
 
 
 def dumps(stream: Stream, spec: TokenSpec) -> bytes:
@@ -224,31 +225,31 @@ class Codec:
 def shortest_reaching(
     score: Callable[[Sequence[int]], Sequence[float]], spec: TokenSpec, target: float
 ) -> int:
-    """Return a length whose score reaches `target` while that of one token less does not.
+    """Return a length whose score reaches `target` while that of the one before does not.
 
     As quality rises with length, but for single steps, that is the shortest. `score` takes up to
     `PARTS` lengths at once. Raises `UserError`, naming the best score met, where none reaches it.
     """
-    low, high = 0 if spec.has_prefixes else spec.num_tokens - 1, spec.num_tokens
-    lengths = _parts(low, high)
-    values = score(lengths)
+    low, high = -1, len(spec.lengths) - 1
+    places = _parts(low, high)
+    values = score([spec.lengths[place] for place in places])
     if not max(values) >= target:
-        best = max(zip(values, lengths, strict=True))
+        best = max((value, spec.lengths[p]) for value, p in zip(values, places, strict=True))
         raise UserError(
             f"{target:g} dB is out of reach: the best is {best[0]:.2f} at {best[1]} tokens"
         )
     while True:
         reached = next(i for i, value in enumerate(values) if value >= target)
-        low, high = ([low, *lengths][reached], lengths[reached])
+        low, high = ([low, *places][reached], places[reached])
         if high - low == 1:
-            return high
+            return spec.lengths[high]
         # What reaches it is known of the last of them.
-        lengths = _parts(low, high)
-        values = [*score(lengths[:-1]), target]
+        places = _parts(low, high)
+        values = [*score([spec.lengths[place] for place in places[:-1]]), target]
 
 
 def _parts(low: int, high: int) -> list[int]:
-    """Return up to `PARTS` lengths above `low`, evenly spread, the last of them `high`."""
+    """Return up to `PARTS` numbers above `low`, evenly spread, the last of them `high`."""
     return sorted({low + -(-(high - low) * i // PARTS) for i in range(1, PARTS + 1)})
 
 

@@ -247,10 +247,12 @@ def decode_first(
 
 def read_lengths(lengths: Sequence[int] | str | None, spec: TokenSpec) -> list[int]:
     """Return lengths in order: those given, as `1,2,4` or a list, or by default the powers of two
-    and the whole. Raises `UserError` for one that does not decode."""
+    and the whole of a sequence, and of other tokens all lengths that decode. Raises `UserError` for
+    one that does not."""
     if lengths is None:
-        powers = [2**i for i in range(spec.num_tokens.bit_length())] if spec.has_prefixes else []
-        lengths = [*powers, spec.num_tokens]
+        lengths = spec.lengths
+        if isinstance(lengths, range):
+            lengths = [*(2**i for i in range(spec.num_tokens.bit_length())), spec.num_tokens]
     elif isinstance(lengths, str):
         try:
             lengths = [int(length) for length in lengths.split(",")]

@@ -10,7 +10,9 @@ between them. Three kinds cover the field:
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -28,9 +30,9 @@ class TokenSpec:
 
     `shape` is `(n,)` for a sequence, `(h, w)` for a grid, `(t, h, w)` for video, or a tuple of
     grids `((1, 1), (2, 2), ...)` for scales, whose tokens lie one scale after another in one axis.
-    `ordered` says that any prefix of the sequence decodes to a whole image. `values` spells the
-    numbers that the levels of factorised tokens stand for, if they do, as `normal(5,3)`; see
-    `vistok.quantizers.DimensionWise`.
+    `ordered` says that any prefix of the sequence, or any first scales, decode to a whole image.
+    `values` spells the numbers that the levels of factorised tokens stand for, if they do, as
+    `normal(5,3)`; see `vistok.quantizers.DimensionWise`.
     """
 
     kind: Kind
@@ -75,9 +77,19 @@ class TokenSpec:
         return isinstance(self.shape[0], tuple)
 
     @property
+    def lengths(self) -> Sequence[int]:
+        """How many first tokens decode, in rising order: all, or where tokens are ordered any
+        number of a sequence, and whole scales."""
+        if self.ordered and self.is_scales:
+            return tuple(accumulate(h * w for h, w in self.shape))
+        if self.ordered and len(self.shape) == 1:
+            return range(1, self.num_tokens + 1)
+        return (self.num_tokens,)
+
+    @property
     def has_prefixes(self) -> bool:
-        """Whether any first tokens of a sequence decode."""
-        return self.ordered and not self.is_scales and len(self.shape) == 1
+        """Whether fewer tokens than all decode."""
+        return len(self.lengths) > 1
 
     @property
     def num_tokens(self) -> int:
@@ -109,18 +121,23 @@ class TokenSpec:
 
     def first(self, length: int) -> "TokenSpec":
         """Return the spec of the first `length` tokens; raise `UserError` unless they decode."""
-        least = 1 if self.has_prefixes else self.num_tokens
-        if not least <= length <= self.num_tokens:
-            fits = f"1 to {self.num_tokens}" if self.has_prefixes else f"all {self.num_tokens}"
+        *fewer, whole = self.lengths
+        if length not in self.lengths:
+            fits = ", ".join(map(str, (*fewer, whole))) if fewer else f"all {whole}"
+            if isinstance(self.lengths, range):
+                fits = f"1 to {whole}"
             raise UserError(f"length {length}: {self} decodes from {fits} tokens")
-        return replace(self, shape=(length,)) if length < self.num_tokens else self
+        if length == whole:
+            return self
+        first = self.shape[: self.lengths.index(length) + 1] if self.is_scales else (length,)
+        return replace(self, shape=first)
 
     def check(self, tokens: Tensor, where: str) -> None:
         """Raise `UserError` unless `tokens` (B, ...) are tokens of this spec or, where it is
         ordered, a prefix of them; values are not read, so that no device has to wait."""
         integer = not (tokens.is_floating_point() or tokens.dtype == torch.bool)
         found, wanted = tuple(tokens.shape[1:]), self.tensor_shape
-        if self.has_prefixes and found and 1 <= found[0] <= wanted[0]:
+        if self.has_prefixes and found and found[0] in self.lengths:
             wanted = (found[0], *wanted[1:])
         if found != wanted or integer == (self.kind == "latents"):
             expected = ", ".join(map(str, ("B", *self.tensor_shape)))

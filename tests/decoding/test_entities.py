@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vistok.decoding import Decoding, Order, RandomPlan, Sampler, Schedule
+from vistok.decoding import Corrected, Decoding, Given, Order, RandomPlan, Sampler, Schedule
 from vistok.errors import UserError
 from vistok.generators import MaskGIT
 from vistok.tokens import TokenSpec
@@ -120,3 +120,40 @@ def test_a_head_without_steps_refuses_a_sampler():
     model = MaskGIT(TokenSpec.ids((4,), 5), ["a"], dim=8, depth=1, num_heads=2)
     with pytest.raises(UserError, match="CategoricalHead has no sampler 'ddpm'"):
         Decoding(sampler=Sampler("ddpm")).plan_of(model)
+
+
+def test_scales_are_predicted_again_from_their_own_tokens():
+    shape = ((1, 1), (2, 3), (4, 4))
+    plan, corrected = Order("next_scale")(shape), Order("next_scale(2)")(shape)
+    assert [len(fed.predict) for fed in plan.passes] == [1, 6, 16]
+    assert plan.fractions == [0, 0.5, 1]
+    assert [fed.correction for fed in corrected.passes] == [0, 0, 1, 2, 0, 1, 2]
+    assert corrected.fractions == [0, 0.5, 0.5, 0.5, 1, 1, 1]
+    for fed in corrected.passes:
+        if fed.correction:
+            assert torch.equal(fed.tokens, fed.predict)
+    # What is learned, and where decoding may stop, do not depend on corrections.
+    assert torch.equal(corrected.rank_of_position, plan.rank_of_position)
+    assert corrected.joint.rank == plan.joint.rank
+    assert len(corrected.first(7)) == 4 and len(plan.first(7)) == 2
+    with pytest.raises(UserError, match="needs tokens of scales, not 4x4"):
+        Order("next_scale")((4, 4))
+
+
+def test_filters_of_corrections():
+    decoding = Decoding(top_k=Corrected("linear(100,10)/5/1"), top_p=Corrected("0.8/1"))
+    found = [decoding.sampling(0.5, correction) for correction in range(4)]
+    assert [(s.top_k, s.top_p) for s in found] == [(55, 0.8), (5, 1), (1, 1), (1, 1)]
+    assert Decoding.from_dict(decoding.to_dict()) == decoding
+    with pytest.raises(UserError, match="top_p"):
+        Decoding(top_p=Corrected("0.8/0"))
+
+
+def test_given_tokens_take_the_place_of_what_is_decoded():
+    given = Given(
+        torch.arange(12).view(2, 6), torch.tensor([True, False, True, False, True, False])
+    )
+    sampled, positions = torch.full((2, 3), -1), torch.tensor([2, 3, 5])
+    assert given.over(sampled, positions).tolist() == [[2, -1, -1], [8, -1, -1]]
+    vectors = Given(torch.ones(1, 2, 3), torch.tensor([[True, False]]))
+    assert vectors.over(torch.zeros(1, 2, 3), torch.arange(2)).tolist() == [[[1.0] * 3, [0.0] * 3]]

@@ -8,6 +8,7 @@ import torch
 
 import vistok
 from vistok.decoding import (
+    Corrected,
     Decoding,
     MaskedPlan,
     Noise,
@@ -159,7 +160,7 @@ def test_the_loop_gives_the_tokens_of_a_reference_without_cache(cached, guidance
 
 
 def test_a_repeated_call_is_clean(cached):
-    model, decoding = cached, Decoding(guidance=Schedule(2), top_k=5)
+    model, decoding = cached, Decoding(guidance=Schedule(2), top_k=Corrected(5))
     plan = model.plan()
     state = model.new_state(6, plan)
     memory = state.cache.memory.data_ptr()
@@ -180,7 +181,7 @@ def test_a_repeated_call_is_clean(cached):
 
 def test_an_image_depends_on_its_seed_index_and_class_alone(model):
     labels = torch.arange(64) % 3
-    decoding = Decoding(guidance=Schedule(2.5), top_p=0.95)
+    decoding = Decoding(guidance=Schedule(2.5), top_p=Corrected(0.95))
 
     def run(batch):
         return torch.cat(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import torch
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from vistok.decoding.noise import Noise
@@ -12,11 +13,12 @@ from vistok.decoding.orders import Order
 from vistok.decoding.plans import MaskedPlan, Pass, Plan, RandomPlan
 from vistok.decoding.samplers import Sampler
 from vistok.decoding.sampling import Sampling
-from vistok.decoding.schedules import Schedule
+from vistok.decoding.schedules import Corrected, Schedule
 from vistok.errors import UserError
 from vistok.tokens import TokenSpec
 
 SCHEDULES = ("guidance", "temperature", "steps", "randomness")  # of a `Decoding`
+FILTERS = ("top_k", "top_p")  # its schedules of first predictions and corrections
 RENAMED = {"budget": "steps"}  # settings of older checkpoints
 
 
@@ -58,8 +60,8 @@ class Decoding:
     plan: Order | None = None
     guidance: Schedule = Schedule(1)
     temperature: Schedule = Schedule(1)
-    top_k: int = 0
-    top_p: float = 1.0
+    top_k: Corrected = Corrected(0)
+    top_p: Corrected = Corrected(1)
     steps: Schedule | None = None
     randomness: Schedule = Schedule("linear(4.5,0)")
     length: int | None = None
@@ -67,25 +69,25 @@ class Decoding:
 
     def __post_init__(self):
         # Mistakes surface here, before any work, rather than at the first token.
-        self.sampling(0.0)
-        self.sampling(1.0)
+        for correction in range(max(len(k.schedules) for k in (self.top_k, self.top_p))):
+            self.sampling(0.0, correction)
+            self.sampling(1.0, correction)
 
     def changed(self, **changes: object) -> "Decoding":
         """Return a copy with those of `changes` that are not None."""
         return replace(self, **{k: v for k, v in changes.items() if v is not None})
 
-    def to_dict(self) -> dict[str, str | float]:
+    def to_dict(self) -> dict[str, str | int]:
         """JSON form; `Decoding.from_dict` is its inverse."""
-        spelt = ("plan", "sampler", *SCHEDULES)
+        spelt = ("plan", "sampler", *SCHEDULES, *FILTERS)
         chosen = {k: str(getattr(self, k)) for k in spelt if getattr(self, k) is not None}
-        if self.length is not None:
-            chosen["length"] = self.length
-        return {**chosen, "top_k": self.top_k, "top_p": self.top_p}
+        return chosen if self.length is None else {**chosen, "length": self.length}
 
     @classmethod
     def from_dict(cls, settings: dict[str, str | float]) -> "Decoding":
         settings = {RENAMED.get(k, k): v for k, v in settings.items()}
-        types = {"plan": Order, "sampler": Sampler, **dict.fromkeys(SCHEDULES, Schedule)}
+        types = {"plan": Order, "sampler": Sampler}
+        types |= dict.fromkeys(SCHEDULES, Schedule) | dict.fromkeys(FILTERS, Corrected)
         # A checkpoint written before a setting was known decodes by its default.
         return cls(**{k: types[k](v) if k in types else v for k, v in settings.items()})
 
@@ -100,9 +102,10 @@ class Decoding:
         generator.spec.first(self.length)
         return plan.first(self.length)
 
-    def sampling(self, fraction: float) -> Sampling:
-        """How tokens are drawn when `fraction` of them is decoded."""
-        return Sampling(self.temperature(fraction), self.top_k, self.top_p, self.sampler)
+    def sampling(self, fraction: float, correction: int = 0) -> Sampling:
+        """How tokens are drawn when `fraction` of them is decoded, for the first time or again."""
+        top_k, top_p = (limit(fraction, correction) for limit in (self.top_k, self.top_p))
+        return Sampling(self.temperature(fraction), int(top_k), top_p, self.sampler)
 
     def scales(self, plan: Plan | MaskedPlan) -> list[float]:
         """The guidance scale of each pass."""
@@ -130,8 +133,9 @@ class DecodingOptions(TypedDict, total=False):
         plan: order of decoding, as zipar(16); the checkpoint's by default, as for all of these
         guidance: classifier-free guidance scale, or its schedule
         temperature: of the softmax, 0 taking the most likely token; of the noise of diffusion
-        top_k: sample among the k most likely tokens; 0 among all
-        top_p: sample among the most likely tokens that hold this share
+        top_k: sample among the k most likely tokens, 0 among all; or a schedule, or after slashes
+            those of corrections, as 1200/100/1
+        top_p: sample among the most likely tokens that hold this share; or as top_k
         randomness: Gumbel noise of masked decoding, or its schedule
         length: tokens of an image, where any first tokens decode
         steps: of the diffusion or flow of each pass, or their schedule, as linear(50,5)
@@ -141,8 +145,8 @@ class DecodingOptions(TypedDict, total=False):
     plan: Order | None
     guidance: Schedule | None
     temperature: Schedule | None
-    top_k: int | None
-    top_p: float | None
+    top_k: Corrected | None
+    top_p: Corrected | None
     randomness: Schedule | None
     length: int | None
     steps: Schedule | None
@@ -161,6 +165,21 @@ class Draw:
     budget: int
 
 
+@dataclass(frozen=True)
+class Given:
+    """Tokens of images to be edited, (B, N, ...) one after another, of which those `kept`, (N,) or
+    (B, N), take the place of what is decoded there: all that is decoded later sees them."""
+
+    tokens: Tensor
+    kept: Bool[Tensor, "*b n"]
+
+    def over(self, sampled: Tensor, positions: Int64[Tensor, "s"]) -> Tensor:
+        """Return the tokens of `positions`: the kept ones, and those `sampled` elsewhere."""
+        kept = self.kept[..., positions].expand(sampled.shape[:2])
+        kept = kept.view(*kept.shape, *[1] * (sampled.ndim - 2))
+        return torch.where(kept, self.tokens[:, positions], sampled)
+
+
 @torch.inference_mode()
 def decode(
     generator: Steppable,
@@ -169,6 +188,7 @@ def decode(
     decoding: Decoding | None = None,
     state: object = None,
     on_pass: Callable[[int, Tensor], None] | None = None,
+    given: Given | None = None,
 ) -> Tensor:
     """Decode one batch of tokens, shaped as `spec`, or the first `decoding.length` of each,
     for `condition`: B labels, or anything else with a length, slices and a device that the
@@ -176,7 +196,8 @@ def decode(
 
     The conditional and null halves of guidance run as one batch; the null half is dropped after the
     last pass that needs it. `state` may be that of an earlier call with equal sizes (its memory is
-    used again); `on_pass(t, tokens)` sees the tokens after each pass.
+    used again); `on_pass(t, tokens)` sees the tokens after each pass; `given` are tokens to be
+    kept.
     """
     decoding = decoding or Decoding()
     plan = decoding.plan_of(generator)
@@ -196,7 +217,8 @@ def decode(
     state.reset()
     draws = None
     if not head.samplers:
-        draws = head.draw_noise(noise, spec.num_tokens).to(condition.device)
+        times = 1 + max(fed.correction for fed in plan.passes)
+        draws = [head.draw_noise(noise, spec.num_tokens).to(condition.device) for _ in range(times)]
     tokens = torch.zeros(
         (len(condition), spec.num_tokens, *spec.value_shape),
         dtype=torch.float32 if spec.kind == "latents" else torch.int64,
@@ -207,13 +229,15 @@ def decode(
         if t == guided_passes and len(condition) > batch:
             condition, tokens = condition[:batch], tokens[:batch]
             state.keep(batch)
-        sampling = decoding.sampling(plan.fractions[t])
+        sampling = decoding.sampling(plan.fractions[t], fed.correction)
         if draws is None:
             share = head.draw_noise(noise, len(fed.predict), sampling, budgets[t]).to(tokens.device)
         else:
-            share = draws[:, fed.predict]
+            share = draws[fed.correction][:, fed.predict]
         how = Draw(batch, scales[t], share, sampling, budgets[t])
         sampled = generator.draw(tokens, condition, fed, state, how)
+        if given is not None:
+            sampled = given.over(sampled, fed.predict)
         tokens[:, fed.predict] = sampled.repeat(len(tokens) // batch, *[1] * (sampled.ndim - 1))
         if on_pass is not None:
             on_pass(t, tokens[:batch])

@@ -5,6 +5,7 @@ those drawn with the least confidence again. How many is known before (`MaskedPl
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from vistok.decoding.loop import Decoding, Plannable
 from vistok.decoding.noise import Noise
-from vistok.decoding.sampling import Sampling, gumbel, sample_categorical
+from vistok.decoding.sampling import gumbel, sample_categorical
 
 
 @runtime_checkable
@@ -60,7 +61,7 @@ def decode_masked(
         if temperature == 0:  # the limit, in which noise counts for nothing beside the logits
             temperature, randomness = 1.0, 0.0
         logits = generator.head.guided_logits(hidden, null, scale) / temperature
-        sampling = Sampling(randomness, decoding.top_k, decoding.top_p)
+        sampling = replace(decoding.sampling(plan.fractions[t]), temperature=randomness)
         drawn = sample_categorical(logits, draws[:, t], sampling)
         is_masked = tokens == generator.mask_token
         tokens = torch.where(is_masked, drawn, tokens)

@@ -39,7 +39,9 @@ class Order:
     - `cells(8)`: by squares of 8 x 8 positions, one after another: `cells(1)` by single positions,
       the whole grid as one; `subsamples(4)`: by combs of every fourth position of both axes;
       `scales(1,2,4,8,16)`: by averages of the grid of so many positions a side, up to itself, each
-      entity jointly (xAR, FlowAR).
+      entity jointly (xAR, FlowAR);
+    - `next_scale`: for tokens of scales, one scale a pass (VAR); `next_scale(2)` predicts each but
+      the first twice again, given its own tokens of the time before (TokenFlow).
 
     `order(shape)` returns the plan. Raises `UserError` for any other spelling, and for a shape that
     does not fit.
@@ -64,7 +66,7 @@ class Order:
                         f"order '{text}': {parameter.name} must be a whole number"
                     ) from None
 
-    def __call__(self, shape: tuple[int, ...], condition_rows: int = 1) -> Plan | MaskedPlan:
+    def __call__(self, shape: Shape, condition_rows: int = 1) -> Plan | MaskedPlan:
         return _ORDERS[self.name](tuple(shape), condition_rows, *self.arguments)
 
     @property
@@ -352,9 +354,31 @@ def scales(shape: tuple[int, ...], condition_rows: int = 1, *sides: int) -> Plan
             f"order 'scales({','.join(map(str, sides))})': takes rising sides of squares, of which "
             f"the last is the grid of {height}x{width}"
         )
-    ends = list(accumulate((side * side for side in sides), initial=0))
-    sets = [list(range(begin, end)) for begin, end in pairwise(ends)]
+    sets = _consecutive([side * side for side in sides])
     return _entities("scales", tuple((side, side) for side in sides), sets)
+
+
+@_plan
+def next_scale(shape: Shape, condition_rows: int = 1, corrections: int = 0) -> Plan:
+    """VAR (Tian et al., 2024, arXiv:2404.02905), whose tokens are those of all scales; corrections
+    are TokenFlow's (Qu et al., 2024, arXiv:2412.03069, section 3.3)."""
+    if corrections < 0 or not isinstance(shape[0], tuple):
+        found = "x".join(map(str, shape))
+        raise UserError(
+            f"order 'next_scale({corrections})': takes corrections, 0 or more, and needs tokens of "
+            f"scales, not {found}"
+        )
+    passes = []
+    for fed in _entities("next_scale", shape, _consecutive([h * w for h, w in shape])).passes:
+        passes.append(fed)
+        if len(fed.tokens):
+            own = fed.predict.tolist()
+            rows = [[len(own) + row] for row in range(len(own))]
+            passes += [
+                Pass.of(fed.rank[:1] * len(own), own, rows, tokens=own, correction=number)
+                for number in range(1, corrections + 1)
+            ]
+    return Plan("next_scale", shape, tuple(passes), by_pass=True)
 
 
 _ORDERS = {
@@ -362,7 +386,7 @@ _ORDERS = {
     for order in (
         *(raster, diagonal, random, par, nar, zipar),
         *(maskgit, mar),
-        *(cells, subsamples, scales),
+        *(cells, subsamples, scales, next_scale),
     )
 }
 
@@ -375,6 +399,12 @@ def _entities(name: str, shape: Shape, sets: Sequence[list[int]]) -> Plan:
         rows = [[len(before) + row] for row in range(len(now))]
         passes.append(Pass.of([t] * len(before), now, rows, tokens=before))
     return Plan(name, shape, tuple(passes), by_pass=True)
+
+
+def _consecutive(sizes: Sequence[int]) -> list[list[int]]:
+    """Return the first positions, those that follow, and so on, so many each."""
+    ends = accumulate(sizes, initial=0)
+    return [list(range(begin, end)) for begin, end in pairwise(ends)]
 
 
 def _next_token(condition: list[int], fed: list[int], rank: int, predict: int) -> Pass:

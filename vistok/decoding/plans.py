@@ -37,6 +37,9 @@ class Pass:
 
     `slots`, where given, are the rows' places in the cache, and `sees` the slots that each row
     attends to; without them rows follow those before and `rank` says what they see.
+
+    `correction` is 0 where the positions are predicted for the first time, and otherwise how often
+    they were before: they are fed, too, and their rows take the places of those of that time.
     """
 
     condition: Int64[Tensor, "c"]
@@ -50,6 +53,7 @@ class Pass:
     weight: Float[Tensor, "s m"]
     slots: Int64[Tensor, "r"] | None = None
     sees: Bool[Tensor, "r end"] | None = None
+    correction: int = 0
 
     @classmethod
     def of(
@@ -63,6 +67,7 @@ class Pass:
         tokens: Sequence[int] = (),
         cells: Sequence[int] | None = None,
         placeholders: Sequence[int] = (),
+        correction: int = 0,
     ) -> "Pass":
         """Build from plain numbers; the head is 0 and the weight 1 where they are not given."""
         rows = torch.tensor(source, dtype=torch.long).reshape(len(predict), -1)
@@ -76,11 +81,13 @@ class Pass:
             source=rows,
             head=torch.zeros_like(rows) if head is None else torch.tensor(head),
             weight=torch.ones(rows.shape) if weight is None else torch.tensor(weight),
+            correction=correction,
         )
 
     def to(self, device: torch.device) -> "Pass":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rank"}
-        return replace(self, **{k: v.to(device) for k, v in tensors.items() if v is not None})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
     @property
     def rows(self) -> int:
@@ -165,11 +172,11 @@ class Plan:
         order does not decode these first."""
         passes, decoded = [], 0
         for fed in self.passes:
-            if decoded == length:
+            if decoded == length and not fed.correction:
                 break
             passes.append(fed)
-            decoded += len(fed.predict)
-        found = torch.cat([fed.predict for fed in passes]).sort().values
+            decoded += 0 if fed.correction else len(fed.predict)
+        found = torch.cat([fed.predict for fed in passes if not fed.correction]).sort().values
         if found.tolist() != list(range(length)):
             raise UserError(f"order {self.name} does not decode the first {length} tokens first")
         return replace(self, shape=(length,), passes=tuple(passes))
@@ -180,20 +187,26 @@ class Plan:
         return [len(fed.predict) for fed in self.passes]
 
     @cached_property
+    def sets(self) -> list[Pass]:
+        """The passes that predict for the first time, each a set of positions."""
+        return [fed for fed in self.passes if not fed.correction]
+
+    @cached_property
     def fractions(self) -> list[float]:
         """The fraction of tokens already decoded when each pass begins; `by_pass` the number of the
-        pass over that of the last."""
+        set over that of the last."""
         if self.by_pass:
-            return [t / max(1, len(self) - 1) for t in range(len(self))]
+            numbers = accumulate(not fed.correction for fed in self.passes)
+            return [(number - 1) / max(1, len(self.sets) - 1) for number in numbers]
         decoded = [0, *accumulate(self.sizes)]
         return [done / decoded[-1] for done in decoded[:-1]]
 
     @cached_property
     @torch.inference_mode(False)
     def rank_of_position(self) -> Int64[Tensor, "n"]:
-        """The number of the pass that predicts each position."""
-        rank = torch.cat([torch.full_like(fed.predict, t) for t, fed in enumerate(self.passes)])
-        return rank[torch.cat([fed.predict for fed in self.passes]).argsort()]
+        """The number of the set that each position is of."""
+        rank = torch.cat([torch.full_like(fed.predict, t) for t, fed in enumerate(self.sets)])
+        return rank[torch.cat([fed.predict for fed in self.sets]).argsort()]
 
     @cached_property
     @torch.inference_mode(False)
@@ -201,7 +214,7 @@ class Plan:
         """All positions as rows of one pass, in the order of decoding, each seeing those of its own
         set and of the sets before: what models see in training that are fed a set along with
         predicting it."""
-        positions = torch.cat([fed.predict for fed in self.passes])
+        positions = torch.cat([fed.predict for fed in self.sets])
         rank = self.rank_of_position[positions].tolist()
         rows = [[row] for row in range(len(rank))]
         fed = Pass.of(rank, positions.tolist(), rows, tokens=positions.tolist())
@@ -221,10 +234,10 @@ class Plan:
     def training(self) -> Pass:
         """All passes as one: every row at once, under the mask of their ranks."""
         kinds = ("condition", "tokens", "placeholders")
-        total = {kind: sum(len(getattr(fed, kind)) for fed in self.passes) for kind in kinds}
+        total = {kind: sum(len(getattr(fed, kind)) for fed in self.sets) for kind in kinds}
         first = {kind: sum(total[k] for k in kinds[:i]) for i, kind in enumerate(kinds)}
         sources, ranks = [], {kind: [] for kind in kinds}
-        for fed in self.passes:
+        for fed in self.sets:
             # Row r of the pass becomes the row of the same kind among all of them.
             where, row = [], 0
             for kind in kinds:
@@ -238,7 +251,7 @@ class Plan:
         return Pass(
             rank=(*ranks["condition"], *ranks["tokens"], *ranks["placeholders"]),
             source=torch.cat(sources),
-            **{name: torch.cat([getattr(fed, name) for fed in self.passes]) for name in joined},
+            **{name: torch.cat([getattr(fed, name) for fed in self.sets]) for name in joined},
         )
 
 

@@ -52,3 +52,25 @@ class Schedule:
 
     def __hash__(self) -> int:
         return hash(str(self))
+
+
+class Corrected:
+    """A schedule of what is predicted for the first time and, after slashes, of its corrections,
+    the last for all further ones: `1200/100/1`. Raises `UserError` for any other spelling."""
+
+    def __init__(self, spelling: "str | float | Corrected"):
+        self.schedules = tuple(Schedule(part) for part in str(spelling).split("/"))
+
+    def __call__(self, fraction: float, correction: int = 0) -> float:
+        return self.schedules[min(correction, len(self.schedules) - 1)](fraction)
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self.schedules))
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Corrected) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))

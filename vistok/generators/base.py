@@ -33,10 +33,11 @@ class Generator(Model):
     the tokens themselves unless a family says otherwise; `class_names`, in the order of the labels;
     `condition`, class or caption to the first rows; `condition_dropout`, the probability with which
     training replaces it by the null condition; `head`, hidden state to tokens; `kinds`, the
-    kinds of tokens the family accepts.
+    kinds of tokens the family accepts, and `of_scales`, whether those of scales, and no others.
     """
 
     kinds: tuple[str, ...] = ("ids",)
+    of_scales: bool = False
     spec: TokenSpec
     class_names: tuple[str, ...]
     condition: ClassCondition | CaptionCondition
@@ -57,6 +58,16 @@ class Generator(Model):
                 f"{type(self).__name__} models tokens of kind {' or '.join(self.kinds)}, "
                 f"not {spec}: choose a tokenizer of such tokens or another generator"
             )
+        if spec.is_scales != self.of_scales:
+            wanted = "scales" if self.of_scales else "a sequence or a grid"
+            raise IncompatibleTokensError(
+                f"{type(self).__name__} models tokens of {wanted}, not {spec}: choose a tokenizer "
+                "of such tokens or another generator"
+            )
+
+    def take_codes(self, tokenizer: object) -> None:
+        """Be shown, before training, the tokenizer whose tokens are learned, for families that are
+        fed what these stand for. Here: nothing."""
 
     def plan(self, order: Order | None = None) -> Plan | MaskedPlan:
         """Return the plan of decoding by `order`, by default that of training; raise `UserError`

@@ -119,11 +119,17 @@ class MultiScale(Quantizer):
             ids = [ids.flatten(1, 2) for ids, _ in self._walk(latents.float(), coded)]
         return torch.cat(ids, dim=1)
 
-    def decode(self, ids: Int64[Tensor, "b n *digits"]) -> Float[Tensor, "b h w d"]:
-        """Return the sum of all scales, or of as many first ones as there are ids of."""
+    def decode(
+        self, ids: Int64[Tensor, "b n *digits"], lengths: Int64[Tensor, "b"] | None = None
+    ) -> Float[Tensor, "b h w d"]:
+        """Return the sum of all scales, or of as many first ones as there are ids of, or as the
+        first `lengths` ids of each image are."""
         with torch.autocast(ids.device.type, enabled=False):
-            codes = enumerate(self.codes(ids))
-            return sum(self.added(code, scale) for scale, code in codes)
+            added = [self.added(code, scale) for scale, code in enumerate(self.codes(ids))]
+        if lengths is not None:
+            ends = zip(added, accumulate(self.sizes), strict=False)
+            added = [grid * (lengths >= end)[:, None, None, None] for grid, end in ends]
+        return sum(added)
 
     def codes(self, ids: Int64[Tensor, "b n *digits"]) -> list[Float[Tensor, "b _ _ d"]]:
         """Return the codes of each scale, as its grid; raise `UserError` for a broken scale."""

@@ -85,6 +85,11 @@ class Tokenizer(Model):
         """
         raise NotImplementedError
 
+    def features(self, images: Float[Tensor, "b 3 *size"]) -> dict[str, Float[Tensor, "b n d"]]:
+        """Return what a probe may read of the images, by name, a vector each of n places: `tokens`
+        are the latents that the tokens stand for; tokenizers of several codebooks name more."""
+        raise NotImplementedError
+
     def forward(
         self, images: Float[Tensor, "b 3 *size"], text: Float[Tensor, "b l c"] | None = None
     ) -> TokenizerOutput:
@@ -136,12 +141,11 @@ class Tokenizer(Model):
             return
         if not self.spec.has_prefixes:
             raise UserError(f"{type(self).__name__} makes {self.spec}, which decode as a whole")
-        if lengths.shape != tokens.shape[:1] or not bool(
-            ((lengths >= 1) & (lengths <= tokens.shape[1])).all()
-        ):
+        known = [length for length in self.spec.lengths if length <= tokens.shape[1]]
+        if lengths.shape != tokens.shape[:1] or not set(lengths.tolist()) <= set(known):
             raise UserError(
-                f"{type(self).__name__}: lengths {tuple(lengths.shape)} must be one number from 1 "
-                f"to {tokens.shape[1]} for each of {len(tokens)} images"
+                f"{type(self).__name__}: lengths {tuple(lengths.shape)} must be one number from "
+                f"{known[0]} to {known[-1]} that decodes for each of {len(tokens)} images"
             )
 
 
@@ -187,7 +191,11 @@ class QuantizedTokenizer(Tokenizer):
         noise: Noise | None = None,
     ) -> Float[Tensor, "b 3 *size"]:
         self.check_tokens(tokens, lengths)
-        return self._reconstructed(self.quantizer.decode(tokens)).clamp(0, 1)
+        first = () if lengths is None else (lengths,)
+        return self._reconstructed(self.quantizer.decode(tokens, *first)).clamp(0, 1)
+
+    def features(self, images: Float[Tensor, "b 3 *size"]) -> dict[str, Float[Tensor, "b n d"]]:
+        return {"tokens": self.quantizer.decode(self.encode(images)).flatten(1, -2)}
 
     def forward(
         self, images: Float[Tensor, "b 3 *size"], text: Float[Tensor, "b l c"] | None = None
