@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -88,11 +89,12 @@ def code_statistics(
     the sizes of several codebooks, the last axis of `ids` has a code of each: the first two are
     their means, the last the sum. Negative ids, of codes left out, do not count."""
     sizes = (vocab_size,) if isinstance(vocab_size, int) else tuple(vocab_size)
-    ids = ids.reshape(-1, len(sizes)).T
-    # Unlike bincount, this does not make the host wait for the device.
-    counts = torch.zeros(len(sizes), 1 + max(sizes), device=ids.device)
-    counts.scatter_add_(1, ids.clamp(min=-1) + 1, torch.ones_like(ids, dtype=counts.dtype))
-    counts = counts[:, 1:]
+    ids = ids.reshape(-1, len(sizes)).T.sort().values
+    # Runs of equal ids: a histogram in little memory, however many codes there are; and unlike
+    # bincount, this does not make the host wait for the device.
+    first = F.pad(ids.diff() != 0, (1, 0), value=True)
+    counted = (ids >= 0).float()
+    counts = torch.zeros_like(counted).scatter_add_(1, first.cumsum(1) - 1, counted)
     p = counts / counts.sum(1, keepdim=True).clamp(min=1)
     perplexity = torch.exp(-torch.special.xlogy(p, p).sum(1)).mean()
     hit = (counts > 0).sum(1)
