@@ -5,7 +5,8 @@ from PIL import Image
 from vistok import tokenizers
 from vistok.codec import Codec, dumps, file_size, loads
 from vistok.errors import CheckpointError, UserError
-from vistok.quantizers import FSQ, VQ
+from vistok.layers.image_towers import CLIPTower
+from vistok.quantizers import FSQ, VQ, MultiScale
 from vistok.tokenizers import (
     LARP,
     ConvTokenizer,
@@ -16,6 +17,7 @@ from vistok.tokenizers import (
     QuantizedTokenizer,
     ReTok,
     TiTok,
+    TokenFlow,
     Tokenizer,
     TokenizerOutput,
     TwoStageTiTok,
@@ -52,6 +54,13 @@ def flextok(quantizer):
     return model
 
 
+def tokenflow(quantizer):
+    """A TokenFlow with a margin around its 4x4 patches, and without a teacher."""
+    scales = MultiScale(quantizer, (1, 2, 4), smoothers=0, jointly=False)
+    tower = CLIPTower(4, width=24, depth=1, num_heads=2, grid=4)
+    return TokenFlow(scales, tower, 18, 1, None, channel_multipliers=(1, 2, 3), **CONV)
+
+
 TOKENIZERS = {
     "conv": lambda q: ConvTokenizer(q, 16, channel_multipliers=(1, 2, 3), **CONV),
     "conv-patches": lambda q: ConvTokenizer(
@@ -67,6 +76,7 @@ TOKENIZERS = {
     "titok-stage-2": lambda q: TwoStageTiTok(q, 2, **PROXY, **VIT),
     "retok": lambda q: ReTok(q, 16, 8, 6, channel_multipliers=(1, 2), **VIT, **CONV),
     "flextok": flextok,
+    "tokenflow": tokenflow,
     "larp": lambda q: LARP(q, 4, (16, 24), (2, 4, 8), (1, 8, 8), token_shape=(2, 3, 2), **VIT),
 }
 QUANTIZERS = {

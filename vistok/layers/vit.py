@@ -1,10 +1,13 @@
 """The pre-norm transformer block of ViT (Dosovitskiy et al., 2020, arXiv:2010.11929)."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 Rows = slice | Int64[Tensor, "b m"]  # the same of all sequences, or each one's own
+Activation = Callable[[Tensor], Tensor]
 
 
 class SelfAttention(nn.Module):
@@ -45,16 +48,23 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with GELU between, by default four times as wide inside."""
+    """Two layers with an activation between, by default four times as wide inside."""
 
-    def __init__(self, width: int, hidden_width: int | None = None, dropout: float = 0.0):
+    def __init__(
+        self,
+        width: int,
+        hidden_width: int | None = None,
+        dropout: float = 0.0,
+        activation: Activation = F.gelu,
+    ):
         super().__init__()
+        self.activation = activation
         self.c_fc = nn.Linear(width, hidden_width or 4 * width)
         self.c_proj = nn.Linear(hidden_width or 4 * width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "b n w"]) -> Float[Tensor, "b n w"]:
-        return self.c_proj(self.dropout(F.gelu(self.c_fc(x))))
+        return self.c_proj(self.dropout(self.activation(self.c_fc(x))))
 
 
 class TransformerBlock(nn.Module):
@@ -69,12 +79,13 @@ class TransformerBlock(nn.Module):
         hidden_width: int | None = None,
         dropout: float = 0.0,
         norm_eps: float = 1e-5,
+        activation: Activation = F.gelu,
     ):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = SelfAttention(width, num_heads, qkv_bias, dropout)
         self.ln_2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = Mlp(width, hidden_width, dropout)
+        self.mlp = Mlp(width, hidden_width, dropout, activation)
         self.dropout = nn.Dropout(dropout)
 
     def forward(

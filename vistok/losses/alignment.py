@@ -3,7 +3,7 @@ inside a tokenizer, as it projects them, are to point where the teacher's do."""
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,21 +12,26 @@ from torch import Tensor, nn
 
 from vistok.errors import UserError
 
+Layer = Literal["last", "penultimate", "projected"]
+
 
 class Teacher(nn.Module):
     """Patch features of a vision transformer from transformers, or of timm's in its wrapper, such
-    as DINOv2. Frozen, in float32.
+    as DINOv2, or of the image tower of a CLIP or SigLIP. Frozen, in float32.
 
     Args:
         path: directory or Hub repository, as transformers saves it, with its image processor.
         image_size: pixels of a side to which images are brought; None for what the image processor
             names.
+        layer: where features are read: "last" for the network's result, "penultimate" for the input
+            of its last layer (TokenFlow's of SigLIP), "projected" for the result of a CLIP,
+            normalised and projected to the space of captions (TokenFlow's of CLIP).
 
     Attributes: `grid`, patches of a side; `dim`, channels of a patch. Raises `UserError` where
     transformers is not installed or `path` holds no such model.
     """
 
-    def __init__(self, path: str, image_size: int | None = None):
+    def __init__(self, path: str, image_size: int | None = None, layer: Layer = "last"):
         super().__init__()
         try:
             import transformers
@@ -34,14 +39,20 @@ class Teacher(nn.Module):
             raise UserError(
                 f"teacher {path}: needs transformers; pip install 'vistok[text]'"
             ) from error
-        self.path = path
+        self.path, self.layer = path, layer
         try:
-            self.net, loading = transformers.AutoModel.from_pretrained(
+            whole, loading = transformers.AutoModel.from_pretrained(
                 path, dtype=torch.float32, output_loading_info=True
             )
             processor = transformers.AutoImageProcessor.from_pretrained(path).to_dict()
         except Exception as error:  # each model's own code may fail in its own way
             raise self._unfit(error) from error
+        self.net = getattr(whole, "vision_model", whole)
+        self.projection = None
+        if layer == "projected":
+            self.projection = getattr(whole, "visual_projection", None)
+            if self.projection is None:
+                raise self._unfit(f"a {type(whole).__name__} projects no features of images")
         self.requires_grad_(False)
         self.eval()
         # Features are read below the pooler, which checkpoints of classifiers lack.
@@ -53,7 +64,8 @@ class Teacher(nn.Module):
             raise self._unfit(f"a {type(self.net).__name__} takes no patches of images")
         side, mean, std = _preprocessing(processor)
         self.image_size = image_size or side
-        if not self.image_size or self.image_size % patch:
+        # A published size may leave a margin, as the 384 pixels of SigLIP's patches of 14 do.
+        if not self.image_size or (self.image_size % patch and self.image_size != side):
             raise self._unfit(
                 f"image_size {self.image_size} is no multiple of its patches of {patch}"
             )
@@ -74,13 +86,13 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b gh gw d"]:
-        """Return the last features of the patches of [0, 1] images, brought to one size as a
-        whole; class and register tokens, which come before, are dropped."""
+        """Return the features of the patches of [0, 1] images, brought to one size as a whole;
+        class and register tokens, which come before, are dropped."""
         with torch.autocast(images.device.type, enabled=False):
             size = (self.image_size, self.image_size)
             resized = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
             normalised = (resized - self.mean) / self.std
-            tokens = self.net(pixel_values=normalised, **self.options).last_hidden_state
+            tokens = self._tokens(normalised)
         patches = self.grid**2
         if tokens.ndim != 3 or tokens.shape[1] < patches:
             raise self._unfit(
@@ -88,6 +100,15 @@ class Teacher(nn.Module):
                 "feature of each"
             )
         return tokens[:, -patches:].unflatten(1, (self.grid, self.grid))
+
+    def _tokens(self, normalised: Float[Tensor, "b 3 h w"]) -> Tensor:
+        if self.layer == "penultimate":
+            asked = self.options | {"output_hidden_states": True}
+            return self.net(pixel_values=normalised, **asked).hidden_states[-2]
+        tokens = self.net(pixel_values=normalised, **self.options).last_hidden_state
+        if self.projection is None:
+            return tokens
+        return self.projection(self.net.post_layernorm(tokens))
 
     def _unfit(self, reason: Exception | str) -> UserError:
         if isinstance(reason, UserError):

@@ -9,6 +9,7 @@ from vistok.tokenizers.maskgit_vqgan import MaskGITVQGAN
 from vistok.tokenizers.retok import ReTok
 from vistok.tokenizers.titok import TiTok
 from vistok.tokenizers.titok_two_stage import TwoStageTiTok
+from vistok.tokenizers.tokenflow import TokenFlow
 
 __all__ = [
     "LARP",
@@ -20,6 +21,7 @@ __all__ = [
     "QuantizedTokenizer",
     "ReTok",
     "TiTok",
+    "TokenFlow",
     "Tokenizer",
     "TokenizerOutput",
     "TwoStageTiTok",
