@@ -7,23 +7,26 @@ already there is kept: a run that was cut off goes on. Rates are taken in turn, 
 uses random features and compares with no published number.
 """
 
-import json
 import operator
-import shutil
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
+from kept_runs import (
+    opened,
+    score_reconstruction,
+    score_samples,
+    train_generator,
+    train_tokenizer,
+    vistok,
+)
 
 from vistok.cli import run
 from vistok.decoding import Sampler, Schedule
 from vistok.images import image_grid
 from vistok.pipelines import ImagePipeline
 
-ROOT = Path(__file__).parents[1]
 LEVELS = (8, 16, 32, 64)  # of digits, as in TokenBridge's table 1
 TOKENIZERS = {"mar": "kl", "xar": "kl", "flowar": "kl", "tokenbridge": "bridge-64"}
 # Name of a row: the model, and how it decodes other than by its config.
@@ -66,26 +69,17 @@ def main(
     scores = folder / "metrics.json"
     length = ["--images", images] if images else []
     train_tokenizers(folder, length)
-    for name in ("kl", *(f"bridge-{levels}" for levels in LEVELS)):
-        score(scores, name, "--tokenizer", folder / name, "--data", "Emoji",
-              "--data.split", "held-out", "--metrics", '["fid", "psnr", "ssim"]')  # fmt: skip
     for model, tokenizer in TOKENIZERS.items():
-        train_generator(folder, model, tokenizer, length)
-    for name, (model, changes) in ROWS.items():
-        options = [part for k, v in changes.items() for part in (f"--{k}", v)]
-        score(scores, name, "--checkpoint", folder / model, *options, "--reference", "Emoji",
-              "--reference.split", "held-out", "--count", count,
-              "--metrics", '["fid"]')  # fmt: skip
+        train_generator(f"{model}_emoji", folder / model, folder / tokenizer, *length)
 
-    done = json.loads(scores.read_text())
     print("| tokens | PSNR, dB | SSIM | rFID, random features |\n|---|---|---|---|")
     for name in ("kl", *(f"bridge-{levels}" for levels in LEVELS)):
-        found = done[name]["scores"]
+        found = score_reconstruction(scores, name, folder / name)
         label = "continuous" if name == "kl" else f"{name.split('-')[1]} levels"
         print(f"| {label} | {found['psnr']:.2f} | {found['ssim']:.3f} | {found['rfid']:.2f} |")
 
     torch.set_num_threads(threads)
-    pipelines = {name: open_row(folder, *row) for name, row in ROWS.items()}
+    pipelines = {name: opened(folder / model, new) for name, (model, new) in ROWS.items()}
     rates = {name: [] for name in ROWS}
     for _ in range(repeats + 1):  # the first round is not counted
         for name, pipeline in pipelines.items():
@@ -95,24 +89,17 @@ def main(
     print("|---|---|---|---|---|---|")
     for name, pipeline in pipelines.items():
         passes, calls, rows = cost(pipeline)
-        rate, fid = statistics.median(rates[name][1:]), done[name]["scores"]["fid"]
+        model, changes = ROWS[name]
+        options = [part for k, v in changes.items() for part in (f"--{k}", v)]
+        fid = score_samples(scores, name, folder / model, count, *options)
+        rate = statistics.median(rates[name][1:])
         print(f"| {name} | {passes} | {calls} | {rows} | {rate:.1f} | {fid:.1f} |")
     draw(folder / "samples.png", pipelines)
 
 
-def call(*command: object) -> None:
-    subprocess.run(list(map(str, command)), check=True)
-
-
-def vistok(*arguments: object) -> None:
-    call(sys.executable, "-m", "vistok.cli", *arguments)
-
-
 def train_tokenizers(folder: Path, length: list[object]) -> None:
     """Train the autoencoder, scale its latents to a deviation of one, and cut them into digits."""
-    config = ROOT / "configs/tokenizers/kl_emoji.yaml"
-    call("accelerate", "launch", ROOT / "train/tokenizer.py", "--config", config, *length,
-         "--output", folder / "vae", "--resume", "true")  # fmt: skip
+    train_tokenizer("kl_emoji", folder / "vae", *length)
     if not (folder / "kl").exists():
         vistok("latents", "--tokenizer", folder / "vae", "--data", "Emoji",
                "--data.split", "train", "--output", folder / "kl")  # fmt: skip
@@ -120,31 +107,6 @@ def train_tokenizers(folder: Path, length: list[object]) -> None:
         if not (folder / f"bridge-{levels}").exists():
             vistok("quantize", "--tokenizer", folder / "kl", "--levels", levels,
                    "--output", folder / f"bridge-{levels}")  # fmt: skip
-
-
-def train_generator(folder: Path, model: str, tokenizer: str, length: list[object]) -> None:
-    tokens = folder / f"{tokenizer}-tokens"
-    vistok("cache", "--tokenizer", folder / tokenizer, "--data", "Emoji",
-           "--data.split", "train", "--output", tokens)  # fmt: skip
-    config = ROOT / f"configs/generators/{model}_emoji.yaml"
-    call("accelerate", "launch", ROOT / "train/generator.py", "--config", config, *length,
-         "--tokenizer", folder / tokenizer, "--tokens", tokens,
-         "--output", folder / model / "generator", "--resume", "true")  # fmt: skip
-    shutil.copytree(folder / tokenizer, folder / model / "tokenizer", dirs_exist_ok=True)
-
-
-def score(scores: Path, name: str, *options: object) -> None:
-    """Keep the scores of a tokenizer or of samples under that name, unless they are there."""
-    done = json.loads(scores.read_text()) if scores.exists() else {}
-    if name not in done:
-        call(sys.executable, ROOT / "sample/evaluate.py", *options, "--features", "random",
-             "--name", name, "--output", scores)  # fmt: skip
-
-
-def open_row(folder: Path, model: str, changes: dict[str, object]) -> ImagePipeline:
-    pipeline = ImagePipeline.from_pretrained(folder / model)
-    pipeline.decoding = pipeline.decoding.changed(**changes)
-    return pipeline
 
 
 def timed(pipeline: ImagePipeline, batch: int) -> float:

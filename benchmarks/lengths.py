@@ -7,14 +7,14 @@ pictures; FID uses random features and compares with no published number.
 """
 
 import csv
-import subprocess
 import sys
 from pathlib import Path
+
+from kept_runs import ROOT, call, train_tokenizer
 
 from vistok.cli import run
 from vistok.tokenizers import Tokenizer
 
-ROOT = Path(__file__).parents[1]
 TAIL_DROP = {"with": "uniform(1,64,sample)", "without": "null"}
 LENGTHS = "1,2,4,8,16,32,64"
 
@@ -30,11 +30,9 @@ def main(output: str = "runs/lengths", images: int | None = None) -> None:
     tables = {}
     for name, tail_drop in TAIL_DROP.items():
         model = folder / name
-        config = ROOT / "configs/tokenizers/retok_emoji.yaml"
-        length = ["--images", images] if images else []
-        call("accelerate", "launch", ROOT / "train/tokenizer.py", "--config", config, *length,
-             "--tokenizer.init_args.tail_drop", tail_drop, "--output", model,
-             "--resume", "true")  # fmt: skip
+        options = ["--tokenizer.init_args.tail_drop", tail_drop]
+        options += ["--images", images] if images else []
+        train_tokenizer("retok_emoji", model, *options)
         # A tokenizer trained without tail drop refuses prefixes: here it is asked for them.
         forced = folder / f"{name}-any-length"
         Tokenizer.from_pretrained(model, tail_drop="uniform").save_pretrained(forced)
@@ -48,10 +46,6 @@ def main(output: str = "runs/lengths", images: int | None = None) -> None:
     for dropped, whole in zip(tables["with"], tables["without"], strict=True):
         scores = [f"{float(row[key]):.2f}" for key in ("psnr", "rfid") for row in (dropped, whole)]
         print(f"| {dropped['setting']} | {dropped['payload_bytes']} | {' | '.join(scores)} |")
-
-
-def call(*command: object) -> None:
-    subprocess.run(list(map(str, command)), check=True)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@ Everything that is already there is kept: a run that was cut off goes on. Rates 
 in one process; FID uses random features and compares with no published number.
 """
 
-import json
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
+from kept_runs import ROOT, opened, score_samples, train_generator
 from torch import Tensor
 
 from vistok.cli import run
@@ -22,7 +20,6 @@ from vistok.decoding import Order
 from vistok.images import image_grid
 from vistok.pipelines import ImagePipeline
 
-ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "assets/emoji/tokenizer"
 # Name of a row: the trained model, and the order of decoding if it is not that of training.
 ROWS = {
@@ -53,28 +50,16 @@ def main(
         threads: of the CPU when rates are taken
     """
     folder = Path(output)
-    vistok = [sys.executable, "-m", "vistok.cli"]
-    cache = ["cache", "--tokenizer", TOKENIZER, "--data", "Emoji", "--data.split", "train"]
-    call(*vistok, *cache, "--output", folder / "tokens")
+    tokenizer = folder / "tokenizer"
+    shutil.copytree(TOKENIZER, tokenizer, dirs_exist_ok=True)
     for model in dict.fromkeys(model for model, _ in ROWS.values()):
-        config = ROOT / f"configs/generators/{model}_emoji.yaml"
-        options = ["--tokens", folder / "tokens", "--output", folder / model / "generator"]
-        call("accelerate", "launch", ROOT / "train/generator.py", "--config", config, *options,
-             "--resume", "true")  # fmt: skip
-        shutil.copytree(TOKENIZER, folder / model / "tokenizer", dirs_exist_ok=True)
-
-    scores = folder / "metrics.json"
-    done = json.loads(scores.read_text()) if scores.exists() else {}
-    for name, (model, order) in ROWS.items():
-        plan = ["--plan", order] if order else []
-        if name not in done:
-            call(sys.executable, ROOT / "sample/evaluate.py", "--checkpoint", folder / model, *plan,
-                 "--reference", "Emoji", "--reference.split", "held-out", "--count", count,
-                 "--features", "random", "--metrics", '["fid"]', "--name", name,
-                 "--output", scores)  # fmt: skip
+        train_generator(f"{model}_emoji", folder / model, tokenizer)
 
     torch.set_num_threads(threads)
-    pipelines = {name: open_row(folder, *row) for name, row in ROWS.items()}
+    pipelines = {
+        name: opened(folder / model, {"plan": order and Order(order)})
+        for name, (model, order) in ROWS.items()
+    }
     seconds = {name: [] for name in ROWS}
     for _ in range(repeats + 1):  # the first round is not counted
         for name, pipeline in pipelines.items():
@@ -84,23 +69,14 @@ def main(
             pictures = pipeline.tokenizer.decode(tokens)
             grid = image_grid(order_by_class(pictures, pipeline), 4, list(pipeline.class_names))
             grid.save(folder / f"{name.split(',')[0].lower()}-{len(plan_of(pipeline))}.png")
-    results = json.loads(scores.read_text())
     print(f"batch {batch}, {threads} CPU thread(s); tokens alone, without the tokenizer's decoder")
     print("| order | passes | images/s | FID, random features |\n|---|---|---|---|")
     for name, pipeline in pipelines.items():
         rate = batch / statistics.median(seconds[name][1:])
-        fid = results[name]["scores"]["fid"]
+        model, order = ROWS[name]
+        plan = ["--plan", order] if order else []
+        fid = score_samples(folder / "metrics.json", name, folder / model, count, *plan)
         print(f"| {name} | {len(plan_of(pipeline))} | {rate:.1f} | {fid:.1f} |")
-
-
-def call(*command: object) -> None:
-    subprocess.run(list(map(str, command)), check=True)
-
-
-def open_row(folder: Path, model: str, order: str | None) -> ImagePipeline:
-    pipeline = ImagePipeline.from_pretrained(folder / model)
-    pipeline.decoding = pipeline.decoding.changed(plan=order and Order(order))
-    return pipeline
 
 
 def plan_of(pipeline: ImagePipeline):
