@@ -1,4 +1,4 @@
-"""Tokenizers with several codes per latent, or none kept in a table, from their config to a file."""
+"""Tokenizers with several codes per latent, or with no table of codes, from a config to a file."""
 
 import pytest
 import torch
