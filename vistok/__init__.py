@@ -54,6 +54,7 @@ _MODULES = {
         "NAR",
         "PAR",
         "RAR",
+        "VAR",
         "XAR",
         "Captions",
         "FlowAR",

@@ -20,8 +20,19 @@ from vistok.decoding import (
 from vistok.decoding import decode as decode_planned
 from vistok.decoding.sampling import Sampling
 from vistok.errors import CheckpointError, IncompatibleTokensError, UserError
-from vistok.generators import NAR, PAR, RAR, Captions, Generator, LlamaGen, MaskGIT
+from vistok.generators import (
+    NAR,
+    PAR,
+    RAR,
+    VAR,
+    Captions,
+    Generator,
+    LlamaGen,
+    MaskGIT,
+    NextScaleLlama,
+)
 from vistok.generators.conditions import ClassCondition
+from vistok.quantizers import VQ, MultiScale
 from vistok.tokens import TokenSpec
 
 GRID, ODD, SEQUENCE, VIDEO = (
@@ -33,6 +44,13 @@ EXPORTED = [
     for c in (getattr(vistok, name) for name in vistok.__all__)
     if inspect.isclass(c) and issubclass(c, Generator) and c is not Generator and "ids" in c.kinds
 ]
+
+
+def of_scales(scales, **more):
+    codes = MultiScale(VQ(11, 3, l2_normalise=False), scales)
+    return codes.spec(codes.scales[-1]), {"codes": codes, **more}
+
+
 VARIANTS = {
     LlamaGen: [
         (GRID, {}),
@@ -63,6 +81,15 @@ VARIANTS = {
         (VIDEO, {"backbone": "uvit", "depth": 3, "hidden_dim": 40}),
     ],
     RAR: [(GRID, {}), (ODD, {"hidden_dim": 40}), (SEQUENCE, {}), (VIDEO, {})],
+    VAR: [
+        of_scales((1, 2, 4)),
+        of_scales((2, (3, 4)), hidden_dim=40, cosine=False),
+        of_scales((1, 2, 3), shared_modulation=True),
+    ],
+    NextScaleLlama: [
+        of_scales((1, 2, 4)),
+        of_scales((1, (2, 3)), num_kv_heads=2, hidden_dim=40, caption_dim=6, caption_length=5),
+    ],
 }
 MASKED = (MaskGIT,)  # these see all tokens in each pass, without a cache
 
@@ -79,7 +106,7 @@ def variants(families):
     """Parametrize a fixture by the families' variants."""
     return pytest.fixture(
         params=[(f, *v) for f in families for v in VARIANTS[f]],
-        ids=lambda p: f"{p[0].__name__}-{p[1]}-{p[2]}",
+        ids=lambda p: f"{p[0].__name__}-{p[1]}-{ {k: v for k, v in p[2].items() if k != 'codes'} }",
     )
 
 
@@ -233,7 +260,7 @@ def test_a_fresh_model_samples_under_autocast(model, dtype):
 
 def test_the_loss_falls_to_that_of_the_data(model):
     """Two images, one per class: the model learns to tell them apart."""
-    off = ("dropout", "condition_dropout", "label_smoothing")
+    off = ("dropout", "condition_dropout", "label_smoothing", "drop_path")
     arguments = {k: 0.0 if k in off else v for k, v in model.arguments.items()}
     model = type(model).from_config(arguments).train()
     model.set_progress(1.0)
@@ -254,7 +281,7 @@ def test_every_parameter_is_trained(model):
     model.train()
     tokens = torch.randint(11, (16, *model.spec.tensor_shape))
     model(tokens, condition_of(model, torch.randint(3, (16,)))).loss.backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_saved_models_load_equal(model, tmp_path):
@@ -273,19 +300,21 @@ def test_saved_models_load_equal(model, tmp_path):
 def test_unfit_specs_and_sizes_are_refused(family):
     with pytest.raises(IncompatibleTokensError, match=family.__name__):
         family(TokenSpec.latents((4, 4), 8), ["a"], **SIZES)
+    spec, arguments = VARIANTS[family][0]
     with pytest.raises(UserError, match="multiple"):
-        family(GRID, ["a"], **{**SIZES, "num_heads": 5})
+        family(spec, ["a"], **{**SIZES, "num_heads": 5})
     with pytest.raises(UserError, match="expected"):
-        tiny(family, GRID)(torch.zeros(2, 5, 5, dtype=torch.long), torch.zeros(2).long())
+        tiny(family, spec, **arguments)(torch.zeros(2, 5, 5).long(), torch.zeros(2).long())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "order"),
-    [(f, None) for f in (LlamaGen, PAR, NAR, MaskGIT, RAR)] + [(LlamaGen, "zipar(2)")],
+    [(f, None) for f in (LlamaGen, PAR, NAR, MaskGIT, RAR, VAR)] + [(LlamaGen, "zipar(2)")],
 )
 def test_compiled_decoding_gives_the_eager_tokens(family, order):
-    model = tiny(family, TokenSpec.ids((4, 4), 11), depth=1)
+    spec, arguments = VARIANTS[family][0]
+    model = tiny(family, spec, **arguments, depth=1)
     decoding = Decoding(order and Order(order), guidance=Schedule(2))
     eager = decode(model, LABELS, Noise(0, range(3)), decoding)
     model.compile_decoding()

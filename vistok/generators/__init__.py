@@ -9,6 +9,7 @@ from vistok.generators.maskgit import MaskGIT
 from vistok.generators.nar import NAR
 from vistok.generators.par import PAR
 from vistok.generators.rar import RAR
+from vistok.generators.var import VAR
 from vistok.generators.xar import XAR
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "NAR",
     "PAR",
     "RAR",
+    "VAR",
     "XAR",
     "Captions",
     "Condition",
