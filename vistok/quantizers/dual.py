@@ -19,16 +19,32 @@ class DualVQ(VQ):
         vocab_size: rows of either codebook.
         semantic_dim: channels of the semantic part, which comes first.
         pixel_dim: channels of the pixel part.
+        pixel_weight: weight of the pixel part's squared distance beside the semantic part's.
         vq: arguments of `VQ`.
     """
 
     settled = ("dim", "l2_normalise")
 
     @register_to_config
-    def __init__(self, vocab_size: int, semantic_dim: int = 32, pixel_dim: int = 8, **vq):
+    def __init__(
+        self,
+        vocab_size: int,
+        semantic_dim: int = 32,
+        pixel_dim: int = 8,
+        pixel_weight: float = 1.0,
+        **vq,
+    ):
         self.parts = (semantic_dim, pixel_dim)  # which the parent's constructor already reads
-        super().__init__(vocab_size, semantic_dim + pixel_dim, **vq)
+        super().__init__(vocab_size, semantic_dim + pixel_dim, l2_normalise=True, **vq)
+        self.pixel_weight = pixel_weight
 
     def _normalised(self, vectors: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         parts = vectors.float().split(self.parts, dim=-1)
         return torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1)
+
+    def _compared(self, latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        if self.pixel_weight == 1:
+            return latents, codes
+        factors = zip(self.parts, (1.0, self.pixel_weight**0.5), strict=True)
+        lengths = torch.cat([codes.new_full((dim,), factor) for dim, factor in factors])
+        return latents * lengths, codes * lengths

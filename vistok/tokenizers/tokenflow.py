@@ -195,6 +195,13 @@ class TokenFlow(QuantizedTokenizer):
             weights = {name: w for name, w in weights.items() if name not in decoder} | own
         self.take_over(weights, type(other).__name__)
 
+    def at(self, image_size: int, scales: Sequence[int]) -> "TokenFlow":
+        """Return the tokenizer with the same weights for images of another size, positions
+        interpolated; `scales` are those of its `MultiScale`, which end in the new grid."""
+        kind = type(self.quantizer)
+        own = kind.revive(self.quantizer.arguments, kind.__name__)
+        return self.changed(image_size=image_size, quantizer=kind(**own | {"scales": scales}))
+
     @property
     def last_layer(self) -> nn.Parameter:
         return self.decoder.conv_out.weight
