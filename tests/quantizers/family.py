@@ -1,6 +1,8 @@
 """Tiny instances of every quantizer and of its main options, for tests that all of them pass.
 
 Each is made of latents (b, 4, 5, `in_dim`) of about unit scale, and has codes of such a scale.
+Soft assignments are at high temperatures: at the usual ones, gradients are so steep that rounding
+alone soon leads two runs apart.
 """
 
 from collections.abc import Callable
@@ -40,19 +42,21 @@ def spread(quantizer: Quantizer) -> Quantizer:
 
 QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "bsq": lambda: BSQ(4, entropy=0.1, temperature=0.5),
-    "bsq-codes": lambda: BSQ(5, bitwise=False, commitment=0.25),
+    "bsq-codes": lambda: BSQ(5, bitwise=False, commitment=0.25, temperature=0.5),
     "dimension-wise": lambda: DimensionWise(3, 6),
     "ema-vq": lambda: EMAVQ(20, 3),
     "ema-vq-cosine": lambda: EMAVQ(20, 3, l2_normalise=True, rotation=True),
     "ema-vq-kmeans-expiry": lambda: EMAVQ(20, 3, decay=0.9, expiry=0.5, kmeans=5),
-    "dual-vq": lambda: spread(DualVQ(20, 3, 2, entropy=0.1)),
+    "dual-vq": lambda: spread(DualVQ(20, 3, 2, entropy=0.1, entropy_temperature=1.0)),
     "fsq": lambda: FSQ([8, 5, 4]),
     "fsq-symmetric": lambda: FSQ([5, 2, 4], symmetric=True),
     "ibq": lambda: IBQ(20, 3, entropy=0.05, entropy_temperature=0.1),
     "lfq": lambda: LFQ(6, temperature=1.0),
-    "lfq-factors": lambda: LFQ(5, factors=(2, 3)),
+    "lfq-factors": lambda: LFQ(5, temperature=1.0, factors=(2, 3)),
     "norm-ema-vq": lambda: NormEMAVQ(20, 3, decay=0.9),
-    "product": lambda: spread(Product([VQ(20, 2), FSQ([5, 4]), LFQ(4, factors=(1, 3))])),
+    "product": lambda: spread(
+        Product([VQ(20, 2), FSQ([5, 4]), LFQ(4, temperature=1.0, factors=(1, 3))])
+    ),
     "product-residual": lambda: spread(Product(Residual(EMAVQ(20, 2), 2), 2)),
     "product-shared": lambda: Product(EMAVQ(20, 2, expiry=0.5), 3, shared=True),
     "projected": lambda: Projected(EMAVQ(20, 3, rotation=True), 5),
@@ -67,9 +71,21 @@ QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "vq": lambda: spread(VQ(20, 3)),
     "vq-euclidean": lambda: spread(VQ(20, 3, l2_normalise=False)),
     "vq-learnable": lambda: spread(
-        VQ(20, 3, False, 0.0, 0.0, joint=1.0, orthogonal=1.0, diversity=0.1)
+        VQ(
+            20,
+            3,
+            False,
+            0.0,
+            0.0,
+            joint=1.0,
+            orthogonal=1.0,
+            diversity=0.1,
+            diversity_temperature=1.0,
+        )
     ),
     "vq-rotation": lambda: spread(VQ(20, 3, rotation=True)),
     "vq-search": lambda: spread(VQ(20, 3, l2_normalise="search")),
-    "vq-entropy-revival": lambda: spread(VQ(20, 3, entropy=0.1, revival=True)),
+    "vq-entropy-revival": lambda: spread(
+        VQ(20, 3, entropy=0.1, entropy_temperature=1.0, revival=True)
+    ),
 }

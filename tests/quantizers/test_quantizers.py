@@ -1,7 +1,5 @@
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from family import POSITIONS, QUANTIZERS, spread
 
@@ -196,35 +194,3 @@ def test_update_without_revival_changes_nothing():
     before = quantizer.embedding.weight.clone()
     quantizer.update(torch.randn(5, 2))
     assert torch.equal(quantizer.embedding.weight, before)
-
-
-STEPS, LATENTS = 3, 10
-
-
-def revived(latents):
-    """Return a codebook and its usage after one update per row of `latents`."""
-    torch.manual_seed(0)
-    quantizer = spread(VQ(30, 4, revival=True))
-    for step in latents:
-        quantizer.update(step)
-    return {name: t.clone() for name, t in quantizer.state_dict().items()}
-
-
-def run_process(rank, world, folder):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
-    mine = torch.load(f"{folder}/latents.pt").chunk(world, dim=1)[rank]
-    torch.save(revived(mine), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_keep_one_codebook(tmp_path):
-    latents = torch.randn(STEPS, 2 * LATENTS, 4, generator=torch.Generator().manual_seed(1))
-    torch.save(latents, tmp_path / "latents.pt")
-    mp.spawn(run_process, args=(2, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    alone = revived(latents)
-    for name, tensor in alone.items():
-        assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-6)
