@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from vistok.errors import UserError
 from vistok.layers.processes import rows_of_processes, sum_of_processes
 from vistok.models import register_to_config
 from vistok.quantizers.codebook import Codebook, nearest
@@ -49,6 +50,11 @@ class EMAVQ(Codebook):
         rotation: bool = False,
     ):
         super().__init__()
+        if not 0 <= decay < 1 or min(smoothing, expiry, kmeans) < 0:
+            raise UserError(
+                f"{type(self).__name__}: decay {decay:g} must be at least 0 and below 1; smoothing "
+                f"{smoothing:g}, expiry {expiry:g} and kmeans {kmeans} must not be negative"
+            )
         self.vocab_size = vocab_size
         self.dim = dim
         self.l2_normalise = l2_normalise
