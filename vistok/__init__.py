@@ -61,6 +61,7 @@ _MODULES = {
         "Generator",
         "LlamaGen",
         "MaskGIT",
+        "NextScaleLlama",
     ],
     "vistok.decoding": ["Noise", "Order", "Plan", "Schedule", "decode"],
 }

@@ -10,7 +10,12 @@ from vistok.decoding.loop import Draw
 from vistok.decoding.orders import Order
 from vistok.decoding.plans import MaskedPlan, Pass, Plan
 from vistok.errors import IncompatibleTokensError, UserError
-from vistok.generators.conditions import CaptionCondition, ClassCondition, Condition
+from vistok.generators.conditions import (
+    CaptionCondition,
+    ClassCondition,
+    Condition,
+    PromptCondition,
+)
 from vistok.heads.base import Head
 from vistok.models import Model
 from vistok.tokens import TokenSpec
@@ -40,7 +45,7 @@ class Generator(Model):
     of_scales: bool = False
     spec: TokenSpec
     class_names: tuple[str, ...]
-    condition: ClassCondition | CaptionCondition
+    condition: ClassCondition | CaptionCondition | PromptCondition
     condition_dropout: float
     head: Head
 

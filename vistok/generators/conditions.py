@@ -1,10 +1,12 @@
-"""What images are generated from, as the rows that begin a sequence: a class, or a caption.
+"""What images are generated from, as the rows that begin a sequence: a class, or a caption as its
+features or as the ids of its words.
 
-Both know their null form, which training shows now and then so that decoding can be guided by it
+All know their null form, which training shows now and then so that decoding can be guided by it
 (Ho & Salimans, 2022, arXiv:2207.12598).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,27 @@ from torch import Tensor, nn
 from vistok.errors import UserError
 
 
+class Texts:
+    """A batch of texts as tensors of as many rows each; `mask` is true for real tokens."""
+
+    mask: Bool[Tensor, "b l"]
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Texts":
+        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @property
+    def device(self) -> torch.device:
+        return self.mask.device
+
+    def to(self, device: torch.device) -> "Texts":
+        return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
 @dataclass(frozen=True)
-class Captions:
+class Captions(Texts):
     """Features of a text encoder for a batch of captions, padded on the left with zeros; `mask` is
     true for real tokens."""
 
@@ -33,21 +54,24 @@ class Captions:
         rows = source.clamp(min=0)[:, :, None].expand_as(features)
         return cls(features.gather(1, rows) * mask[:, :, None], mask)
 
-    def __len__(self) -> int:
-        return len(self.features)
 
-    def __getitem__(self, rows: slice | Tensor) -> "Captions":
-        return Captions(self.features[rows], self.mask[rows])
+@dataclass(frozen=True)
+class Prompts(Texts):
+    """Ids of the words of a batch of captions, padded on the left; `mask` is true for real ones."""
 
-    @property
-    def device(self) -> torch.device:
-        return self.features.device
+    ids: Int64[Tensor, "b l"]
+    mask: Bool[Tensor, "b l"]
 
-    def to(self, device: torch.device) -> "Captions":
-        return Captions(self.features.to(device), self.mask.to(device))
+    @classmethod
+    def left_padded(cls, texts: Sequence[Sequence[int]], length: int, padding: int) -> "Prompts":
+        """Put `padding` before the first `length` ids of each text."""
+        texts = [list(text)[:length] for text in texts]
+        ids = torch.tensor([[padding] * (length - len(text)) + text for text in texts])
+        lengths = torch.tensor([len(text) for text in texts])
+        return cls(ids.long(), torch.arange(length) >= length - lengths[:, None])
 
 
-Condition = Int64[Tensor, "_"] | Captions
+Condition = Int64[Tensor, "_"] | Captions | Prompts
 
 
 class ClassCondition(nn.Embedding):
@@ -125,4 +149,64 @@ class CaptionCondition(nn.Module):
             raise UserError(
                 f"this model is text-conditional: give it captions (B, {expected[0]}, "
                 f"{expected[1]}), not {found}"
+            )
+
+
+class PromptCondition(nn.Embedding):
+    """A prompt's ids as embedded rows, and then those of a mark, alike for all, after which the
+    image begins. The null prompt is a text as well: of what images are to be guided away from.
+
+    Args:
+        vocab_size: of the text; the last id is that of padding.
+        length: to which prompts are padded.
+        dim: width of the transformer.
+        start_ids: of the mark.
+        null_ids: of the null prompt.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        length: int,
+        dim: int,
+        start_ids: Sequence[int] = (),
+        null_ids: Sequence[int] = (),
+    ):
+        super().__init__(vocab_size, dim)
+        self.length, self.rows = length, length + len(start_ids)
+        self.register_buffer("start_ids", torch.tensor(list(start_ids)).long(), persistent=False)
+        null = Prompts.left_padded([null_ids], length, vocab_size - 1)
+        self.register_buffer("null_ids", null.ids, persistent=False)
+        self.register_buffer("null_mask", null.mask, persistent=False)
+
+    def forward(self, prompts: Prompts) -> Float[Tensor, "b l d"]:
+        start = self.start_ids.expand(len(prompts), -1)
+        return super().forward(torch.cat([prompts.ids, start], dim=1))
+
+    def null(self, prompts: Prompts) -> Prompts:
+        return Prompts(self.null_ids.expand_as(prompts.ids), self.null_mask.expand_as(prompts.mask))
+
+    def with_null(self, prompts: Prompts) -> Prompts:
+        null = self.null(prompts)
+        return Prompts(torch.cat([prompts.ids, null.ids]), torch.cat([prompts.mask, null.mask]))
+
+    def drop(self, prompts: Prompts, dropped: Bool[Tensor, "b"]) -> Prompts:
+        null, dropped = self.null(prompts), dropped[:, None]
+        return Prompts(
+            torch.where(dropped, null.ids, prompts.ids),
+            torch.where(dropped, null.mask, prompts.mask),
+        )
+
+    def real_rows(self, prompts: Prompts) -> Bool[Tensor, "b l"]:
+        """Return which rows are not padding; padding is hidden from all rows but itself."""
+        return F.pad(prompts.mask, (0, len(self.start_ids)), value=True)
+
+    def check(self, prompts: object) -> None:
+        """Raise `UserError` unless `prompts` have this model's length; values are not read."""
+        if not isinstance(prompts, Prompts) or prompts.ids.shape[1] != self.length:
+            found = type(prompts).__name__
+            if isinstance(prompts, Prompts):
+                found = f"prompts (B, {prompts.ids.shape[1]})"
+            raise UserError(
+                f"this model reads words: give it prompts (B, {self.length}), not {found}"
             )
