@@ -38,8 +38,10 @@ class Product(Composite):
     def forward(self, latents: Float[Tensor, "b *positions d"]) -> Quantized:
         pieces = latents.split(self.dims, dim=-1)
         if self.shared:
-            result = self.quantizers[0](torch.cat(pieces))
-            codes, ids = result.quantised.chunk(self.count), result.ids.chunk(self.count)
+            result = self.quantizers[0](_as_latents(pieces))
+            rows = (len(latents), self.count)
+            codes = result.quantised.unflatten(0, rows).unbind(1)
+            ids = result.ids.unflatten(0, rows).unbind(1)
             losses = result.losses
         else:
             found = [part(piece) for part, piece in zip(self.each, pieces, strict=True)]
@@ -61,7 +63,15 @@ class Product(Composite):
     def update(self, latents: Float[Tensor, "b *positions d"]) -> None:
         pieces = latents.split(self.dims, dim=-1)
         if self.shared:
-            self.quantizers[0].update(torch.cat(pieces))
+            self.quantizers[0].update(_as_latents(pieces))
             return
         for part, piece in zip(self.each, pieces, strict=True):
             part.update(piece)
+
+
+def _as_latents(
+    pieces: Sequence[Float[Tensor, "b *positions d"]],
+) -> Float[Tensor, "n *positions d"]:
+    """Return the pieces of all latents one after another, those of an image together: processes,
+    each with some of the images, have them in the same order as one with all."""
+    return torch.stack(tuple(pieces), dim=1).flatten(0, 1)

@@ -81,7 +81,7 @@ class Residual(Composite):
         return Quantized(sum(codes), ids, total(losses), *code_statistics(ids, self.levels))
 
     def encode(self, latents: Float[Tensor, "*positions d"]) -> Int64[Tensor, "*positions n"]:
-        return self._joined([ids for _, _, ids in self._walk(latents)])
+        return self._joined([ids for _, _, ids in self.walk(latents)])
 
     def decode(self, ids: Int64[Tensor, "*positions k"]) -> Float[Tensor, "*positions d"]:
         """Return the sum of all layers' codes, or of those of as many first layers as there are ids
@@ -94,7 +94,7 @@ class Residual(Composite):
         """Adapt the codebooks of the first `layers` layers, by default of all: what a layer is to
         code is the same whether or not dropout left it out of the sum."""
         given: dict[Quantizer, list[tuple[Tensor, Tensor]]] = {}
-        for part, left, ids in islice(self._walk(latents, begin=True), layers):
+        for part, left, ids in islice(self.walk(latents, begin=True), layers):
             given.setdefault(part, []).append((left, ids))
         for part, pairs in given.items():
             lefts = [left for left, _ in pairs]
@@ -106,7 +106,7 @@ class Residual(Composite):
             else:
                 part.update(whole)
 
-    def _walk(
+    def walk(
         self, latents: Float[Tensor, "*positions d"], begin: bool = False
     ) -> Iterator[tuple[Quantizer, Float[Tensor, "*positions d"], Tensor]]:
         """Yield each layer, what it is to code, and its ids. With `begin`, codebooks that are to be
