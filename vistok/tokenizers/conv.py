@@ -1,5 +1,6 @@
-"""The convolutional grid tokenizer of LlamaGen (Sun et al., 2024, arXiv:2406.06525, section 2.1),
-which is VQGAN's autoencoder (Esser et al., 2021, arXiv:2012.09841) around any quantizer."""
+"""The convolutional grid tokenizer of LlamaGen (Sun et al., 2024, arXiv:2406.06525, section 2.1)
+and of VAR (Tian et al., 2024, arXiv:2404.02905, section 3.2), which is VQGAN's autoencoder (Esser
+et al., 2021, arXiv:2012.09841) around any quantizer."""
 
 from collections.abc import Sequence
 
@@ -16,8 +17,9 @@ from vistok.tokenizers.base import QuantizedTokenizer
 class ConvTokenizer(QuantizedTokenizer):
     """Images to a grid of codes, one per square of `patch_size * 2 ** (levels - 1)` pixels.
 
-    The defaults are LlamaGen's VQ-16; VQ-8 has multipliers (1, 2, 2, 4). The weights do not depend
-    on `image_size`, so a loaded model can be given another one.
+    The defaults are LlamaGen's VQ-16; VQ-8 has multipliers (1, 2, 2, 4). VAR's has a `MultiScale`
+    quantizer, 160 channels, 32 z_channels and kernels of 3. The weights do not depend on
+    `image_size`, so a loaded model can be given another one.
 
     Args:
         quantizer: the codes of a grid cell.
@@ -32,6 +34,8 @@ class ConvTokenizer(QuantizedTokenizer):
         dropout: rate inside residual blocks.
         patch_size: side of the squares of pixels that become channels before the first level, to
             save the work at full resolution; 1 in the published models.
+        kernel_size: of the projections to and from the quantizer.
+        groups: of the group norms.
     """
 
     @register_to_config
@@ -47,6 +51,8 @@ class ConvTokenizer(QuantizedTokenizer):
         attention: bool = True,
         dropout: float = 0.0,
         patch_size: int = 1,
+        kernel_size: int = 1,
+        groups: int = 32,
     ):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -65,11 +71,13 @@ class ConvTokenizer(QuantizedTokenizer):
         self.image_size = (height, width)
         self.spec = quantizer.spec((height // factor, width // factor))
         shared = (z_channels, num_res_blocks, attention, dropout, patch_size)
-        self.encoder = Encoder([channels * m for m in channel_multipliers], *shared, channels)
-        self.quant_conv = nn.Conv2d(z_channels, quantizer.in_dim, 1)
+        encoder_widths = [channels * m for m in channel_multipliers]
+        self.encoder = Encoder(encoder_widths, *shared, channels, groups)
+        kernel = {"kernel_size": kernel_size, "padding": kernel_size // 2}
+        self.quant_conv = nn.Conv2d(z_channels, quantizer.in_dim, **kernel)
         self.quantizer = quantizer
-        self.post_quant_conv = nn.Conv2d(quantizer.dim, z_channels, 1)
-        self.decoder = Decoder([channels * m for m in decoder_multipliers], *shared)
+        self.post_quant_conv = nn.Conv2d(quantizer.dim, z_channels, **kernel)
+        self.decoder = Decoder([channels * m for m in decoder_multipliers], *shared, groups)
 
     def to_latents(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b gh gw d"]:
         return self.quant_conv(self.encoder(2 * images - 1)).permute(0, 2, 3, 1)
