@@ -1,12 +1,15 @@
-"""Score a tokenizer, a generator, or pictures.
+"""Score a tokenizer, what its tokens tell of classes, a generator, or pictures.
 
 python sample/evaluate.py --tokenizer DIR --data Emoji --data.split held-out
 python sample/evaluate.py --checkpoint DIR --count 1000 --reference Emoji --features random
+python sample/evaluate.py --probe true --tokenizer DIR --data val/ --reference train/
 accelerate launch --num_processes 8 sample/evaluate.py --data samples.npz --reference ref.npz
 python sample/evaluate.py --data ImageFolder --data.root DIR --size 256 --statistics ref.npz
 """
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Unpack, get_args
 
 import torch
@@ -37,6 +40,7 @@ def main(
     tokenizer: str | None = None,
     checkpoint: str | None = None,
     untrained: bool = False,
+    probe: bool = False,
     data: ImageSource | str | None = None,
     reference: ImageSource | str | None = None,
     statistics: str | None = None,
@@ -47,6 +51,7 @@ def main(
     features: str = "inception",
     feature_weights: str | None = None,
     lpips_weights: str | None = None,
+    pooling: m.Pooling = "mean",
     transform: str = "resize-center-crop",
     size: int | None = None,
     count: int | None = None,
@@ -56,6 +61,8 @@ def main(
     **changes: Unpack[DecodingOptions],
 ) -> None:
     """Score reconstructions (--tokenizer with --data), samples (--checkpoint) or pictures (--data).
+    With --probe, score how well a linear classifier and retrieval by the tokenizer's tokens, both
+    given the labelled pictures of --reference, tell the classes of --data, which is held out.
 
     Pictures are a data set by name, a folder, tar shards or an npz. A result is written with its
     protocol; results of different protocols are not compared.
@@ -64,16 +71,19 @@ def main(
         tokenizer: directory or Hub repository of a tokenizer, scored on the data
         checkpoint: directory or Hub repository of a pipeline, sampled on the fly
         untrained: sample the checkpoint's generator as it was before training, for a baseline
+        probe: score classification and retrieval by the tokenizer's tokens
         data: pictures to reconstruct, or to be scored themselves
-        reference: pictures to compare with, or npz statistics of them; a tokenizer's are its data
+        reference: pictures to compare with, or npz statistics of them; a tokenizer's are its data;
+            those that a probe is trained on
         statistics: npz file for the statistics of what is scored: a reference for later
         output: JSON file of results; others in it are kept
-        name: of the result in that file; by default reconstruction, generation or pictures
+        name: of the result in that file; by default reconstruction, generation, pictures or probe
         baseline: name of an earlier result in that file to compare with
         metrics: which scores; by default all that apply
         features: inception, dinov2-..., clip-..., or random (offline; no published numbers)
         feature_weights: local file of the feature network's weights
         lpips_weights: local file of torchvision's VGG-16
+        pooling: of the tokens that a probe reads: their mean, or all in a row (flat)
         transform: how pictures become the size
         size: side in pixels; by default the model's, or that of the pictures as they are
         count: images to sample, 50,000 by default; or pictures to take, all by default
@@ -83,8 +93,22 @@ def main(
         changes: how samples are decoded; of these a tokenizer reads the length
     """
     accelerator = Accelerator()
+    scan = Scan(accelerator, batch_size, num_workers)
+    results = Results(output, name, baseline)
     if batch_size < 1 or (count is not None and count < 1):
         raise UserError(f"--batch_size {batch_size}, --count {count}: both must be at least 1")
+    if probe:
+        if checkpoint or metrics or statistics or not (tokenizer and data and reference):
+            raise UserError(
+                "--probe takes --tokenizer, --data, which is held out, and --reference, which is "
+                "trained on, but no --checkpoint, --metrics or --statistics"
+            )
+        model = Tokenizer.from_pretrained(tokenizer).to(accelerator.device).eval()
+        crop = Transform(transform, model.image_size[0])
+        held_out = m.Pictures(m.open_pictures(data), crop, count)
+        training = m.Pictures(m.open_pictures(reference), crop)
+        probe_tokens(scan, results, model, held_out, training, pooling, changes.get("length"))
+        return
     network = against = read = None
     if statistics or not OF_SETS.isdisjoint(metrics or OF_SETS):
         network = m.load_features(features, feature_weights).to(accelerator.device)
@@ -127,22 +151,15 @@ def main(
         features=network.label if network else "none",
         estimators=m.ESTIMATORS,
     )
-    earlier = m.read_results(output)
-    before = m.find_result(earlier, baseline, output) if baseline else None
-    if before:
-        m.require_same_protocol(before.protocol, protocol)
+    results.check(protocol)
 
     def collect(shown: Collection) -> m.Statistics | None:
-        count, description = len(shown.images), str(shown)
-        collector = network and m.Collector(network, count, description, shown.size)
-        mine = shard_range(count, accelerator.process_index, accelerator.num_processes)
-        loader = DataLoader(Subset(shown.images, mine), batch_size, num_workers=num_workers)
-        with together(accelerator, description), torch.inference_mode():
-            for batch in tqdm(loader, shown.task, disable=not accelerator.is_main_process):
-                indices, images = shown.make(batch)
-                if collector:
-                    collector.update(indices, images)
-        return collector and collector.reduce()
+        if network is None:
+            scan(shown, lambda *_: None)
+            return None
+        collector = m.Collector(network, len(shown.images), str(shown), shown.size)
+        scan(shown, collector.update)
+        return collector.reduce()
 
     # What can be broken is read before anything is sampled.
     if not checkpoint:
@@ -163,12 +180,80 @@ def main(
     scores = {subject.aliases.get(key, key): value for key, value in scores.items()}
     scores |= {key: value for key, value in pairs.items() if key.split("_")[0] in wanted}
     notes = m.caveats(wanted, made, against)
-    result = m.Result(scores, protocol, subject.record, notes)
-    name = name or subject.task
-    m.write_result(output, name, result)
-    print(f"{name}, {subject}:")
-    print(result.table(m.compare(before, result) if before else None))
-    print(f"written to {output}")
+    results.write(m.Result(scores, protocol, subject.record, notes), str(subject))
+
+
+def probe_tokens(
+    scan: "Scan",
+    results: "Results",
+    model: Tokenizer,
+    held_out: m.Pictures,
+    training: m.Pictures,
+    pooling: m.Pooling,
+    length: int | None,
+) -> None:
+    """Score what the tokens of held-out pictures tell of their classes."""
+    m.require_probe_sets(training, held_out)
+    protocol = m.Protocol(
+        task=Tokens.task,
+        count=len(held_out),
+        pictures=str(held_out),
+        labels=f"of the pictures, {held_out.source.num_classes} classes",
+        reference=str(training),
+        features=f"of tokens, {pooling}",
+        estimators=m.PROBE_ESTIMATORS,
+    )
+    results.check(protocol)
+    found = []
+    for pictures in (training, held_out):
+        tokens = Tokens(model, pictures, pooling, length)
+        scan(tokens, tokens.tables.update)
+        found.append(tokens.tables.reduce())
+    if scan.accelerator.is_main_process:
+        scores, notes = m.probe_scores(*found), m.probe_caveats(*found)
+        record = tokens.record | {"data": str(held_out)}
+        results.write(m.Result(scores, protocol, record, notes), f"features of {held_out}")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Shows collections to all processes, to each its share, batch by batch."""
+
+    accelerator: Accelerator
+    batch_size: int
+    num_workers: int
+
+    def __call__(self, shown: "Collection", use: Callable[..., None]) -> None:
+        """Call `use` with what the collection makes of each batch of its images."""
+        here, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = Subset(shown.images, shard_range(len(shown.images), here, world))
+        loader = DataLoader(mine, self.batch_size, num_workers=self.num_workers)
+        with together(self.accelerator, str(shown)), torch.inference_mode():
+            for batch in tqdm(loader, shown.task, disable=not self.accelerator.is_main_process):
+                use(*shown.make(batch))
+
+
+class Results:
+    """The file that a result is written into, `name` it goes by, and an earlier one, `baseline`, to
+    compare it with."""
+
+    def __init__(self, path: str, name: str | None, baseline: str | None):
+        self.path, self.name = path, name
+        earlier = m.read_results(path)
+        self.before = m.find_result(earlier, baseline, path) if baseline else None
+
+    def check(self, protocol: m.Protocol) -> None:
+        """Raise `UserError` unless a result by this protocol compares with the baseline."""
+        if self.before:
+            m.require_same_protocol(self.before.protocol, protocol)
+
+    def write(self, result: m.Result, subject: str) -> None:
+        """Write and print a result."""
+        name = self.name or result.protocol.task
+        m.write_result(self.path, name, result)
+        print(f"{name}, {subject}:")
+        print(result.table(m.compare(self.before, result) if self.before else None))
+        print(f"written to {self.path}")
 
 
 class Collection:
@@ -235,6 +320,38 @@ class Reconstructions(Collection):
         if self.pairs.position_bits is not None:
             self.record["bits_per_position"] = self.pairs.position_bits
         return scores
+
+
+class Tokens(Collection):
+    """The features of a tokenizer's tokens of pictures, of the first `length` where it is given."""
+
+    task = "probe"
+
+    def __init__(
+        self, model: Tokenizer, images: m.Pictures, pooling: m.Pooling, length: int | None
+    ):
+        super().__init__(images)
+        if length is not None and model.spec.is_scales:
+            raise UserError(f"--length {length}: a probe reads {model.spec} as their sum")
+        spec = model.spec if length is None else model.spec.first(length)
+        self.record |= {"tokens": str(spec), "fingerprint": model.fingerprint()}
+        self.model, self.length = model, length
+        example = self.features(torch.zeros(1, *model.input_shape, device=model.device))
+        self.tables = m.FeatureTables(images.labels(), example, pooling, model.device)
+
+    def __str__(self) -> str:
+        return f"features of {self.images}"
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        found = self.model.features(images)
+        return {name: tokens[:, : self.length] for name, tokens in found.items()}
+
+    def make(self, batch: list[Tensor]) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Return what `tables` take of a batch of `images`."""
+        indices, pixels = batch
+        images = pixels.to(self.model.device) / 255
+        return indices, self.features(images), images
 
 
 class Samples(Collection):

@@ -11,6 +11,16 @@ from vistok.metrics.comparison import (
 from vistok.metrics.features import FeatureNetwork, Features, load_features
 from vistok.metrics.pairs import PairScores
 from vistok.metrics.pictures import NpzImages, Pictures, open_pictures
+from vistok.metrics.probe import (
+    PROBE_ESTIMATORS,
+    FeatureTables,
+    Labelled,
+    LinearProbe,
+    Pooling,
+    probe_caveats,
+    probe_scores,
+    require_probe_sets,
+)
 from vistok.metrics.protocols import (
     Protocol,
     Result,
@@ -35,13 +45,18 @@ from vistok.metrics.statistics import Collector, Moments, Statistics
 
 __all__ = [
     "ESTIMATORS",
+    "PROBE_ESTIMATORS",
     "Collector",
     "FeatureNetwork",
+    "FeatureTables",
     "Features",
+    "Labelled",
+    "LinearProbe",
     "Moments",
     "NpzImages",
     "PairScores",
     "Pictures",
+    "Pooling",
     "Protocol",
     "Reference",
     "Result",
@@ -60,8 +75,11 @@ __all__ = [
     "load_features",
     "open_pictures",
     "precision_recall",
+    "probe_caveats",
+    "probe_scores",
     "psnr",
     "read_results",
+    "require_probe_sets",
     "require_same_protocol",
     "set_scores",
     "ssim",

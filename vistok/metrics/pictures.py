@@ -81,10 +81,13 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return self.count
 
+    def labels(self) -> Int64[Tensor, "n"]:
+        """Return the class of each picture, without reading it."""
+        return self.source.labels()[torch.arange(self.count) * len(self.source) // self.count]
+
     def class_names(self, indices: Int64[Tensor, "b"]) -> list[str]:
         """Return the names of the classes of some pictures."""
-        labels = self.source.labels()[indices.cpu() * len(self.source) // self.count]
-        return [self.source.class_names[label] for label in labels]
+        return [self.source.class_names[label] for label in self.labels()[indices.cpu()]]
 
     def __getitem__(self, index: int) -> tuple[int, UInt8[Tensor, "3 h w"]]:
         sample = self.source[index * len(self.source) // self.count]

@@ -17,7 +17,7 @@ class Protocol:
     """How scores were taken. Two results are comparable where all of it is equal.
 
     Args:
-        task: `reconstruction`, `generation` or `pictures`
+        task: `reconstruction`, `generation`, `pictures` or `probe`
         count: images scored
         pictures: their size and crop; for reconstruction also which
         labels: which classes were generated
@@ -56,11 +56,17 @@ class Result:
     versions: dict[str, str] = field(default_factory=_versions)
 
     def table(self, changes: Mapping[str, float] | None = None) -> str:
-        """Return the scores, with their `changes` to another result, above protocol and notes."""
-        lines = []
+        """Return the scores, with their `changes` to another result, above protocol and notes.
+        Scores named `row/column` are laid out as such."""
+        lines, cells = [], {}
         for name, value in self.scores.items():
-            change = f"  ({changes[name]:+.4g})" if changes and name in changes else ""
-            lines.append(f"{name:20} {value:10.4g}{change}")
+            change = f" ({changes[name]:+.4g})" if changes and name in changes else ""
+            row, _, column = name.partition("/")
+            if column:
+                cells[row, column] = f"{value:.4g}{change}"
+            else:
+                lines.append(f"{name:20} {value:10.4g} {change}".rstrip())
+        lines += _grid(cells) if cells else []
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"{name:20} {value}" for name, value in asdict(self.protocol).items()]
         return "\n".join(lines)
@@ -69,6 +75,15 @@ class Result:
     def from_dict(cls, record: Mapping[str, Any]) -> "Result":
         """The inverse of `dataclasses.asdict`."""
         return cls(**{**record, "protocol": Protocol(**record["protocol"])})
+
+
+def _grid(cells: Mapping[tuple[str, str], str]) -> list[str]:
+    """Return the lines of a table of cells by (row, column), either in the order they come in."""
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+    table = [["", *columns], *([row, *(cells.get((row, c), "") for c in columns)] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join([row[0].ljust(20), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+    return [line.rstrip() for line in lines]
 
 
 def require_same_protocol(a: Protocol, b: Protocol) -> None:
