@@ -48,6 +48,9 @@ PUBLISHED = {
     "one_d_piece_l256_stage1": (303.6, 307.1, None),
     "one_d_piece_l256_stage2": (303.6, 307.1, 641.7),
     "maskgit_vqgan": (23.8, 30.5, 54.5),
+    "tokenflow_b": (29.3, 42.5, 181.9),
+    "tokenflow_b_enhanced_stage2": (29.3, 237.1, 376.6),
+    "tokenflow_xl": (29.3, 42.5, 523.5),  # without the 30.5 million that nothing reads
 }
 
 

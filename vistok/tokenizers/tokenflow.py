@@ -209,6 +209,8 @@ class TokenFlow(QuantizedTokenizer):
     def _added(self, ids: Tensor, scale: int | None) -> Float[Tensor, "b gh gw d"]:
         if scale is None:
             return self.quantizer.decode(ids)
+        if not self.spec.is_scales:
+            raise UserError(f"TokenFlow: scale {scale} of {self.spec}, which has no scales")
         codes = self.quantizer.codes(ids)
         return self.quantizer.added(codes[scale], scale)
 
