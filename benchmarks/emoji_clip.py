@@ -3,8 +3,10 @@
 python benchmarks/emoji_clip.py --output runs/semantic/clip
 
 Pictures of the training split and the words of their names are brought together (Radford et al.,
-2021, arXiv:2103.00020); it sees neither categories nor held-out pictures. Written as transformers
-saves a CLIPModel, so that it is read like any other teacher.
+2021, arXiv:2103.00020); it sees neither categories nor held-out pictures. What stands for a picture
+is the mean of its patches, not the class token: they are what is taught to others, and too few
+pictures are here for them to mean something by themselves. Written as transformers saves a
+CLIPModel, so that it is read like any other teacher.
 """
 
 import shutil
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -24,7 +26,7 @@ LONGEST = 16  # words of a name, with its end
 
 def main(
     output: str = "runs/semantic/clip",
-    images: int = 200_000,
+    images: int = 80_000,
     batch_size: int = 256,
     image_size: int = 32,
     patch_size: int = 4,
@@ -97,9 +99,14 @@ def tokens(names: list[str], ids: dict[str, int], dropout: float = 0.0) -> Tenso
 
 
 def scores(net: CLIPModel, images: Tensor, texts: Tensor) -> Tensor:
+    """Return the similarity of each picture with each name, sharpened."""
     processor = CLIPImageProcessor()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    return net(input_ids=texts, pixel_values=(images - mean) / std).logits_per_image
+    tower = net.vision_model
+    patches = tower(pixel_values=(images - mean) / std).last_hidden_state[:, 1:]
+    pictures = net.visual_projection(tower.post_layernorm(patches)).mean(1)
+    names = net.text_projection(net.text_model(input_ids=texts).pooler_output)
+    return net.logit_scale.exp() * normalize(pictures) @ normalize(names).t()
 
 
 @torch.no_grad()

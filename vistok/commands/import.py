@@ -23,6 +23,8 @@ from vistok.checkpoints import (
     retok,
     titok,
     tokenbridge,
+    tokenflow,
+    var,
     xar,
 )
 from vistok.checkpoints.files import ENTRIES, read_weights
@@ -35,6 +37,8 @@ from vistok.tokenizers import Tokenizer
 # Of files that hold averaged weights beside others.
 PREFERRED = {
     "retok": retok.ENTRIES,
+    "var": var.ENTRIES,
+    "tokenflow": tokenflow.ENTRIES,
     **dict.fromkeys(("mar", "tokenbridge", "xar", "flowar"), mar.ENTRIES),
 }
 # Of all published text-conditional generators, and of all tokenizers that decode with captions.
@@ -54,6 +58,8 @@ IMPORTERS = {
     "tokenbridge": tokenbridge.generator,
     "xar": xar.generator,
     "flowar": flowar.generator,
+    "var": var.convert,
+    "tokenflow": tokenflow.convert,  # also a new one around the image tower of a CLIP or SigLIP
 }
 # Of what is published as a directory, which says how it was made.
 DIRECTORY_IMPORTERS = {"autoencoder-kl": kl.diffusers}
@@ -75,6 +81,8 @@ def main(
         "tokenbridge",
         "xar",
         "flowar",
+        "var",
+        "tokenflow",
         "autoencoder-kl",
     ],
     weights: str,
