@@ -58,6 +58,17 @@ def vit(tmp_path_factory):
     return save(tmp_path_factory.mktemp("vit"), model, size={"height": 32, "width": 32})
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    config = transformers.CLIPConfig(
+        text_config=SMALL | {"vocab_size": 8, "eos_token_id": 1},
+        vision_config=SMALL | {"image_size": 32, "patch_size": 8},
+        projection_dim=12,
+    )
+    size = {"size": {"height": 32, "width": 32}}
+    return save(tmp_path_factory.mktemp("clip"), transformers.CLIPModel(config), **size)
+
+
 def test_teacher_sees_images_as_its_processor_says(vit):
     teacher = Teacher(vit)
     assert (teacher.image_size, teacher.grid, teacher.dim) == (32, 4, 16)
@@ -87,6 +98,32 @@ def test_register_tokens_are_dropped(tmp_path):
     features = Teacher(path)(images)
     whole = model.eval()(2 * images - 1).last_hidden_state
     torch.testing.assert_close(features.flatten(1, 2), whole[:, 4:].detach())
+
+
+def test_teacher_in_the_space_of_captions(clip):
+    teacher = Teacher(clip, layer="projected")
+    assert (teacher.image_size, teacher.grid, teacher.dim) == (32, 4, 12)
+    images = torch.rand(2, 3, 32, 32)
+    whole = transformers.CLIPModel.from_pretrained(clip)
+    hidden = whole.vision_model(pixel_values=2 * images - 1).last_hidden_state
+    expected = whole.visual_projection(whole.vision_model.post_layernorm(hidden[:, 1:]))
+    torch.testing.assert_close(teacher(images).flatten(1, 2), expected.detach())
+    below = Teacher(clip)(images)
+    torch.testing.assert_close(below.flatten(1, 2), hidden[:, 1:].detach())
+
+
+def test_teacher_below_the_last_layer(tmp_path):
+    """Patches of 14 leave a margin of the 32 pixels."""
+    config = transformers.SiglipVisionConfig(
+        image_size=32, patch_size=14, **SMALL | {"num_hidden_layers": 3}
+    )
+    path = save(tmp_path, transformers.SiglipVisionModel(config), size={"height": 32, "width": 32})
+    teacher = Teacher(path, layer="penultimate")
+    assert (teacher.image_size, teacher.grid, teacher.dim) == (32, 2, 16)
+    images, seen = torch.rand(2, 3, 32, 32), []
+    last = teacher.net.encoder.layers[-1]
+    last.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    assert torch.equal(teacher(images).flatten(1, 2), seen[0])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
@@ -141,6 +178,8 @@ def test_what_is_no_teacher_is_refused_in_one_line(vit, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message) as error:
             Teacher(str(path), size)
         assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="a ViTModel projects no features"):
+        Teacher(vit, layer="projected")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'vistok\[text\]'"):
         Teacher(vit)
