@@ -8,6 +8,7 @@ import yaml
 
 import vistok
 from vistok.decoding import Decoding
+from vistok.quantizers import VQ, MultiScale
 from vistok.tokens import TokenSpec
 from vistok.training import OptimizerConfig
 
@@ -59,6 +60,17 @@ PUBLISHED = {  # exact where the papers or files give exact numbers, otherwise t
     "tokenbridge_b": 218.0e6,
     "tokenbridge_l": 486.9e6,
     "tokenbridge_h": 910.0e6,
+    # Theirs hold no codes: ours do, and the convolutions that smooth these.
+    **{
+        name: millions * 1e6 + 4096 * 32 + 4 * (9 * 32 + 1) * 32
+        for name, millions in (
+            ("var_d16", 310.3),
+            ("var_d20", 600.9),
+            ("var_d24", 1033.4),
+            ("var_d30", 2010.0),
+            ("var_d36_s", 2353.9),
+        )
+    },
 }
 KL16 = TokenSpec.latents((16, 16), 16)
 IMAGENET = {  # tokens of the models whose name begins so; the last part of others' is their size
@@ -76,6 +88,11 @@ EMOJI = {  # likewise; others' are ids
     **dict.fromkeys(("mar", "xar", "flowar"), TokenSpec.latents((8, 8), 4)),
     "tokenbridge": TokenSpec.factorised((8, 8), (64,) * 4, values="normal(5,3)"),
 }
+CODES = {  # of the models whose name begins so, which are fed what their tokens stand for
+    "var_emoji": (1024, 16, (1, 2, 3, 4, 6, 8)),
+    "var_d36_s": (4096, 32, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)),
+    "var": (4096, 32, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)),
+}
 SIDES = {"256": 16, "384": 24, "512": 32}
 
 
@@ -87,7 +104,11 @@ def made(value):
 
 
 def build(name: str, config: dict):
-    if "emoji" in name:
+    arguments = {name: made(value) for name, value in config["generator"]["init_args"].items()}
+    if sizes := next((sizes for start, sizes in CODES.items() if name.startswith(start)), None):
+        arguments["codes"] = codes = MultiScale(VQ(*sizes[:2]), sizes[2])
+        spec, classes = codes.spec(codes.scales[-1]), 9 if "emoji" in name else 1000
+    elif "emoji" in name:
         spec, classes = EMOJI.get(name.split("_")[0], TokenSpec.ids((8, 8), 4096)), 9
     elif "video" in name:
         spec, classes = TokenSpec.ids((4, 16, 16), 8192), 101
@@ -97,7 +118,6 @@ def build(name: str, config: dict):
         side = SIDES[name.split("_")[-1]]
         spec, classes = TokenSpec.ids((side, side), 16384), 1000
     family = getattr(vistok, config["generator"]["class_path"])
-    arguments = {name: made(value) for name, value in config["generator"]["init_args"].items()}
     with torch.device("meta"):
         return family(spec, [str(i) for i in range(classes)], **arguments)
 

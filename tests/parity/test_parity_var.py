@@ -290,7 +290,7 @@ def check_generation(case, name, settings, tokenizer, model):
     case.compare(f"{name}.image", images)
     for scale, numbers in enumerate(uniforms.split(model.sizes, dim=1)):
         case.compare(f"{name}.scale{scale}.logits", logits[scale])
-        sampling = Sampling(0 if greedy else 1, settings["top_k"], settings["top_p"] or 1)
+        sampling = Sampling(float(not greedy), settings["top_k"], settings["top_p"] or 1.0)
         drawn = sample_categorical(logits[scale], numbers, sampling)
         case.compare(f"{name}.scale{scale}.ids", drawn)
         if scale < last:

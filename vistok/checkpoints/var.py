@@ -194,7 +194,7 @@ def generator(
 
 def codes_of(
     tokenizer: str | Path | Weights | Tokenizer,
-    scales: Sequence[int],
+    scales: Sequence[int | Sequence[int]],
     options: dict[str, Any],
     where: str,
 ) -> MultiScale:

@@ -124,12 +124,10 @@ class VAR(Generator):
         self.position = nn.Parameter(torch.empty(spec.num_tokens, dim))
         self.level = nn.Embedding(len(self.sizes), dim)
         self.register_buffer("level_of", self.plan().rank_of_position, persistent=False)
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        sizes = (num_heads, hidden_dim or 4 * dim, cosine, shared_modulation)
         self.blocks = nn.ModuleList(
-            CosineBlock(
-                dim, num_heads, hidden_dim or 4 * dim, cosine, shared_modulation, rate, norm_eps
-            )
-            for rate in rates
+            CosineBlock(dim, *sizes, drop_path * layer / max(1, depth - 1), norm_eps)
+            for layer in range(depth)
         )
         self.modulation = Linear(dim, 6 * dim, bias=True) if shared_modulation else None
         self.head_modulation = Linear(dim, 2 * dim, bias=True)
