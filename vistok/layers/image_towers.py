@@ -139,7 +139,7 @@ class TimmTower(ImageTower):
         try:
             import timm
         except ImportError as error:
-            raise UserError(f"TimmTower {name}: needs timm; pip install timm") from error
+            raise UserError(f"TimmTower {name}: needs timm; pip install 'vistok[timm]'") from error
         try:
             self.net = timm.create_model(name, img_size=image_size, num_classes=0)
         except RuntimeError as error:

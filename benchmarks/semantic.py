@@ -1,0 +1,137 @@
+"""Tokens of scales on the emoji: VAR and TokenFlow, what they draw, and what their tokens tell.
+
+python benchmarks/semantic.py --output runs/semantic
+
+Trains a small CLIP of pictures and names, TokenFlow's tokenizer from it, VAR's, and a generator for
+each. Everything that is already there is kept: a run that was cut off goes on. FID uses random
+features and compares with no published number; probes of classes do not depend on these.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from kept_runs import (
+    ROOT,
+    call,
+    opened,
+    score,
+    score_reconstruction,
+    score_samples,
+    train_generator,
+    train_tokenizer,
+    vistok,
+)
+
+from vistok.cli import run
+from vistok.decoding import Order
+from vistok.images import image_grid
+from vistok.pipelines import ImagePipeline
+
+# Arguments of the tokenizer of configs/tokenizers/tokenflow_emoji.yaml, to be made around a CLIP.
+TOKENFLOW = {
+    "scales": "[1,2,4,8]",
+    "num_heads": 4,
+    "vocab_size": 4096,
+    "vq": "{revival: true}",
+    "teacher_dim": 128,
+    "semantic_depth": 2,
+    "semantic_heads": 4,
+    "channels": 96,
+    "channel_multipliers": "[1]",
+    "num_res_blocks": 1,
+    "z_channels": 96,
+    "attention": "false",
+    "pixel_patch_size": 4,
+}
+TOKENIZERS = ("tokenflow", "var")
+# Name of a row: the pair, and how it decodes other than by its config.
+ROWS = {
+    "VAR": ("var-pair", {}),
+    "TokenFlow": ("tokenflow-pair", {"plan": Order("next_scale")}),
+    "TokenFlow, corrected once": ("tokenflow-pair", {"plan": Order("next_scale(1)")}),
+    "TokenFlow, corrected twice": ("tokenflow-pair", {"plan": Order("next_scale(2)")}),
+}
+
+
+def main(
+    output: str = "runs/semantic",
+    images: int | None = None,
+    count: int = 432,
+    batch: int = 36,
+    repeats: int = 3,
+    threads: int = 1,
+) -> None:
+    """Print the tables of reconstruction, of probes and of generation, and write samples.
+
+    Args:
+        output: directory of the models, the pictures and the scores
+        images: length of each training; that of its config by default
+        count: samples scored of each row
+        batch: images at once when rates are taken
+        repeats: timed rounds over the rows, of which the median counts
+        threads: of the CPU when rates are taken
+    """
+    folder, length = Path(output), ["--images", images] if images else []
+    scores = folder / "metrics.json"
+    train(folder, length)
+
+    print("| tokenizer | tokens | PSNR, dB | SSIM | rFID, random features |\n|---|---|---|---|---|")
+    for name in TOKENIZERS:
+        found = score_reconstruction(scores, name, folder / name)
+        spec = ImagePipeline.from_pretrained(folder / f"{name}-pair").tokenizer.spec
+        numbers = f"{found['psnr']:.2f} | {found['ssim']:.3f} | {found['rfid']:.2f}"
+        print(f"| {name} | {spec.num_tokens} of {spec.vocab_size} | {numbers} |")
+
+    print("\n| features | of | channels | accuracy | balanced | mAP | recall at 1 |")
+    print("|---|---|---|---|---|---|---|")
+    for name in TOKENIZERS:
+        found = score(scores, f"{name}-probe", "--probe", "true", "--tokenizer", folder / name,
+                      "--data", "Emoji", "--data.split", "held-out", "--reference", "Emoji",
+                      "--reference.split", "train")  # fmt: skip
+        print(name, found)
+
+    torch.set_num_threads(threads)
+    pipelines = {name: opened(folder / pair, new) for name, (pair, new) in ROWS.items()}
+    rates = {name: [] for name in ROWS}
+    for _ in range(repeats + 1):  # the first round is not counted
+        for name, pipeline in pipelines.items():
+            rates[name].append(batch / timed(pipeline, batch))
+    print(f"\nbatch {batch}, {threads} thread(s), CPU time; tokens alone, without the decoder")
+    print("| model | passes | images/s | FID, random features |\n|---|---|---|---|")
+    for name, (pair, changes) in ROWS.items():
+        options = [part for key, value in changes.items() for part in (f"--{key}", value)]
+        fid = score_samples(scores, name, folder / pair, count, *options)
+        passes = len(pipelines[name].decoding.plan_of(pipelines[name].generator))
+        print(f"| {name} | {passes} | {statistics.median(rates[name][1:]):.1f} | {fid:.1f} |")
+    classes = torch.arange(18) % 9
+    drawn = [pipeline.sample(classes, 0, range(18)) for pipeline in pipelines.values()]
+    image_grid(torch.cat(drawn), 18, list(pipelines)).save(folder / "samples.png")
+
+
+def train(folder: Path, length: list[object]) -> None:
+    clip, start = folder / "clip", folder / "initial"
+    if not clip.exists():
+        call(sys.executable, ROOT / "benchmarks/emoji_clip.py", "--output", clip)
+    if not start.exists():
+        options = [part for k, v in TOKENFLOW.items() for part in (f"--options.{k}", v)]
+        vistok("import", "tokenflow", clip / "model.safetensors", "--out", start, *options)
+    train_tokenizer("tokenflow_emoji", folder / "tokenflow", "--initial", start / "tokenizer",
+                    "--loss.teacher.path", clip, *length)  # fmt: skip
+    train_tokenizer("var_emoji", folder / "var", *length)
+    for name in TOKENIZERS:
+        train_generator(f"{name}_emoji", folder / f"{name}-pair", folder / name, *length)
+
+
+def timed(pipeline: ImagePipeline, batch: int) -> float:
+    """Return the seconds of CPU time that the tokens of a batch take, of the classes in turn."""
+    labels = torch.arange(batch) % len(pipeline.class_names)
+    began = time.process_time()
+    pipeline.sample_tokens(labels, 0, range(batch))
+    return time.process_time() - began
+
+
+if __name__ == "__main__":
+    run(main)
