@@ -58,7 +58,7 @@ QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
         Product([VQ(20, 2), FSQ([5, 4]), LFQ(4, temperature=1.0, factors=(1, 3))])
     ),
     "product-residual": lambda: spread(Product(Residual(EMAVQ(20, 2), 2), 2)),
-    "product-shared": lambda: Product(EMAVQ(20, 2, expiry=0.5), 3, shared=True),
+    "product-shared": lambda: Product(EMAVQ(60, 2, expiry=0.2), 3, shared=True),
     "projected": lambda: Projected(EMAVQ(20, 3, rotation=True), 5),
     "residual": lambda: spread(Residual(VQ(20, 3, l2_normalise=False), 3, least_layers=3)),
     "residual-ema": lambda: Residual(EMAVQ(20, 3, decay=0.9, expiry=0.5, kmeans=3), 2),
