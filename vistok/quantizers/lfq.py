@@ -33,15 +33,15 @@ class LFQ(Quantizer):
         entropy: weight of the entropy loss.
         gamma: weight of evenly used codes within it.
         commitment: weight of the loss that pulls latents to their codes.
-        temperature: of p.
+        temperature: of p; the inverse of what other libraries call inverse temperature.
         clamped: logarithms of mean probabilities take those below 1e-5 as 1e-5, as other libraries
             do, instead of adding 1e-5 to all: rarer codes have no gradient then.
         scale: size of a code's numbers.
-        bitwise: evenly used bits instead of codes, an upper bound of the codes' entropy (BSQ, eq.
-            12), for more channels than 24.
+        bitwise: evenly used bits instead of codes (see `BSQ`): an upper bound of the entropy of
+            codes, for more channels than 24.
         factors: numbers of channels, which add up to `dim`: the tokens are then the ids of so many
             consecutive groups of channels, instead of one large id (Open-MAGVIT2: Luo et al., 2024,
-            arXiv:2409.04410, section 3.2).
+            arXiv:2409.04410).
     """
 
     @register_to_config
@@ -157,7 +157,9 @@ class BSQ(LFQ):
 
     @register_to_config
     def __init__(self, dim: int, commitment: float = 0.0, bitwise: bool = True, **lfq):
-        super().__init__(dim, commitment=commitment, bitwise=bitwise, scale=dim**-0.5, **lfq)
+        super().__init__(
+            dim, commitment=commitment, bitwise=bitwise, scale=max(1, dim) ** -0.5, **lfq
+        )
 
     def _prepared(self, latents: Float[Tensor, "*positions d"]) -> Float[Tensor, "*positions d"]:
         return F.normalize(latents.float(), dim=-1)
