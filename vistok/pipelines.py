@@ -26,13 +26,15 @@ from vistok.decoding import (
 )
 from vistok.errors import CheckpointError, UserError, suggestion
 from vistok.files import replaced
-from vistok.generators import Captions, Condition, Generator
+from vistok.generators import Captions, Condition, Generator, Prompts
 from vistok.images import to_pil
 from vistok.text import (
+    PromptReader,
     TextEncoder,
-    caption_shape,
+    caption_reader,
     class_captions,
     decoder_text,
+    reads_captions,
     remember_encoder,
     remembered_encoder,
 )
@@ -75,7 +77,7 @@ class ImagePipeline:
         require_same(
             type(tokenizer).__name__, tokenizer.spec, type(generator).__name__, generator.spec
         )
-        if tokenizer.text_shape and caption_shape(generator):
+        if tokenizer.text_shape and reads_captions(generator):
             raise UserError(
                 f"{type(tokenizer).__name__} decodes with captions of classes: pair it with a "
                 "class-conditional generator"
@@ -83,7 +85,7 @@ class ImagePipeline:
         self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
         self.decoding = decoding or DEFAULT
         self._states: dict[tuple[int, Plan], object] = {}
-        self._encoder: TextEncoder | None = None
+        self._encoder: TextEncoder | PromptReader | None = None
         self._class_text: Tensor | None = None
         if text_encoder is not None:
             self.require("text", f"text encoder {text_encoder}")
@@ -148,7 +150,7 @@ class ImagePipeline:
     @property
     def conditioning(self) -> Literal["class", "text"]:
         """What images are conditioned on."""
-        return "class" if caption_shape(self.generator) is None else "text"
+        return "text" if reads_captions(self.generator) else "class"
 
     @property
     def text_encoder(self) -> str | None:
@@ -189,8 +191,8 @@ class ImagePipeline:
             f"{', '.join(names[:12])}{suggestion(str(wanted), names)}"
         )
 
-    def captions(self, prompts: str | Sequence[str]) -> Captions:
-        """Return the features of prompts, which the text encoder reads."""
+    def captions(self, prompts: str | Sequence[str]) -> Captions | Prompts:
+        """Return the features, or the ids, of prompts, which the text encoder reads."""
         self.require("text", "prompts")
         if self.text_encoder is None:
             raise UserError(
@@ -198,14 +200,7 @@ class ImagePipeline:
                 "(text_encoder, as google/flan-t5-xl)"
             )
         if self._encoder is None:
-            length, dim = caption_shape(self.generator)
-            encoder = TextEncoder(self.text_encoder, length, self.device)
-            if encoder.dim != dim:
-                raise UserError(
-                    f"text encoder {self.text_encoder}: makes {encoder.dim} channels, the "
-                    f"generator takes {dim}"
-                )
-            self._encoder = encoder
+            self._encoder = caption_reader(self.generator, self.text_encoder, self.device)
         return self._encoder.encode([prompts] if isinstance(prompts, str) else prompts)
 
     def require(self, conditioning: Literal["class", "text"], given: str) -> None:
@@ -282,17 +277,18 @@ class ImagePipeline:
         indices: Sequence[int] | None = None,
         decoding: Decoding | None = None,
         *,
-        prompts: str | Sequence[str] | Captions | None = None,
+        prompts: str | Sequence[str] | Captions | Prompts | None = None,
     ) -> PipelineOutput:
         """Return one PIL image per class, given by name or number, or per prompt, given as text or
-        as the features of its caption; image i is number `indices[i]` (by default i) of the run
-        `seed`."""
+        as the features or ids of its caption; image i is number `indices[i]` (by default i) of the
+        run `seed`."""
         if (class_labels is None) == (prompts is None):
             raise UserError("give either class_labels or prompts")
         if prompts is None:
             condition = self.labels(class_labels)
         else:
-            condition = prompts if isinstance(prompts, Captions) else self.captions(prompts)
+            known = isinstance(prompts, Captions | Prompts)
+            condition = prompts if known else self.captions(prompts)
         indices = range(len(condition)) if indices is None else indices
         return PipelineOutput(to_pil(self.sample(condition, seed, indices, decoding)))
 

@@ -1,5 +1,5 @@
 """Captions to features, by the encoder of a T5 (Raffel et al., 2020, arXiv:1910.10683) or the text
-tower of a CLIP (Radford et al., 2021, arXiv:2103.00020).
+tower of a CLIP (Radford et al., 2021, arXiv:2103.00020); or to ids, for generators that embed them.
 
 LlamaGen and its followers read captions through FLAN-T5-XL (Chung et al., 2022, arXiv:2210.11416):
 the last hidden states of google/flan-t5-xl, 120 tokens of 2048 channels. TA-TiTok's decoder reads
@@ -16,13 +16,78 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vistok.errors import UserError
-from vistok.generators import Captions, Generator
-from vistok.generators.conditions import CaptionCondition
+from vistok.generators import Captions, Generator, Prompts
+from vistok.generators.conditions import CaptionCondition, ClassCondition, PromptCondition
 from vistok.models import Model
 from vistok.tokenizers import Tokenizer
 
 
-class FrozenText:
+class ReadsText:
+    """What reads texts, of a directory or Hub repository as transformers saves it: a model, or no
+    more than its tokenizer. A subclass says which."""
+
+    name: str
+    example: str
+
+    def __init__(self, path: str):
+        self.path = path
+        try:
+            import transformers  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                f"text encoder {path}: needs transformers; pip install 'vistok[text]'"
+            ) from error
+
+    def _unreadable(self, error: Exception) -> UserError:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        return UserError(
+            f"text encoder {self.path}: no readable {self.name} ({reason}); expected a directory "
+            f"or Hub repository such as {self.example}"
+        )
+
+
+class PromptReader(ReadsText):
+    """The tokenizer of a language model, for generators that embed its ids themselves.
+
+    Args:
+        path: directory or Hub repository of the tokenizer, as transformers saves it.
+        length: ids to which prompts are padded or cut.
+        vocab_size: of the generator's texts; the last id is that of padding.
+        device: of the ids.
+
+    Raises `UserError` where transformers is not installed or `path` holds no tokenizer.
+    """
+
+    name, example = "tokenizer", "meta-llama/Llama-2-7b-hf"
+
+    def __init__(self, path: str, length: int, vocab_size: int, device: torch.device | str = "cpu"):
+        super().__init__(path)
+        from transformers import AutoTokenizer
+
+        self.length, self.vocab_size, self.device = length, vocab_size, device
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, ImportError) as error:
+            raise self._unreadable(error) from error
+
+    def encode(self, captions: Sequence[str]) -> Prompts:
+        """Return the ids of captions, padded on the left."""
+        ids = [self.ids(caption) for caption in captions]
+        return Prompts.left_padded(ids, self.length, self.vocab_size - 1).to(self.device)
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of a text, with that of its beginning; raise `UserError` for one that the
+        generator does not know."""
+        ids = self.tokenizer(text).input_ids
+        if ids and max(ids) >= self.vocab_size:
+            raise UserError(
+                f"text encoder {self.path}: reads {text!r} as id {max(ids)}, the generator knows "
+                f"{self.vocab_size}"
+            )
+        return ids
+
+
+class FrozenText(ReadsText):
     """A frozen text model of transformers, float32, with its tokenizer; the weights are read at the
     first caption. A subclass says which model it is.
 
@@ -33,19 +98,14 @@ class FrozenText:
     Raises `UserError` where transformers is not installed or `path` holds no such model.
     """
 
-    name: str
     model_types: tuple[str, ...]
     loader: str  # class of transformers
-    example: str
 
     def __init__(self, path: str, device: torch.device | str = "cpu"):
-        try:
-            import transformers
-        except ImportError as error:
-            raise UserError(
-                f"text encoder {path}: needs transformers; pip install 'vistok[text]'"
-            ) from error
-        self.path, self.device = path, device
+        super().__init__(path)
+        import transformers
+
+        self.device = device
         try:
             config = transformers.AutoConfig.from_pretrained(path)
             if config.model_type in self.model_types:
@@ -75,13 +135,6 @@ class FrozenText:
                 f"text encoder {self.path}: {len(missing)} tensor(s) are missing, as {missing[0]}"
             )
         return model.to(self.device).eval()
-
-    def _unreadable(self, error: Exception) -> UserError:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        return UserError(
-            f"text encoder {self.path}: no readable {self.name} ({reason}); expected a directory "
-            f"or Hub repository such as {self.example}"
-        )
 
 
 class TextEncoder(FrozenText):
@@ -153,9 +206,31 @@ class ClipText(FrozenText):
         return self._model(input_ids=ids.to(self.device)).last_hidden_state
 
 
+def reads_captions(generator: Generator) -> bool:
+    """Return whether a generator is text-conditional, of features or of ids."""
+    return not isinstance(generator.condition, ClassCondition)
+
+
+def caption_reader(
+    generator: Generator, path: str, device: torch.device | str = "cpu"
+) -> TextEncoder | PromptReader:
+    """Return what makes of captions what a text-conditional generator takes; raise `UserError`
+    where there is no such thing at `path`."""
+    if isinstance(generator.condition, PromptCondition):
+        condition = generator.condition
+        return PromptReader(path, condition.length, condition.num_embeddings, device)
+    length, dim = caption_shape(generator)
+    encoder = TextEncoder(path, length, device)
+    if encoder.dim != dim:
+        raise UserError(
+            f"text encoder {path}: makes {encoder.dim} channels, the generator takes {dim}"
+        )
+    return encoder
+
+
 def caption_shape(generator: Generator) -> tuple[int, int] | None:
-    """Return length and channels of the captions that a text-conditional generator takes, None for
-    a class-conditional one."""
+    """Return length and channels of the caption features that a generator takes, None for one that
+    takes classes or ids."""
     if not isinstance(generator.condition, CaptionCondition):
         return None
     return tuple(generator.condition.null_features.shape)

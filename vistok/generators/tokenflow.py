@@ -43,15 +43,28 @@ from vistok.tokens import TokenSpec
 
 @dataclass
 class DecodingState:
-    """Keys and values, those of the last scale uncounted, whose corrections take their places; and
-    the sum of the codes of all coarser ones, blown up to it."""
+    """Keys and values, and the sum of the codes of the scales before the last one fed, blown up to
+    it. The rows of that are not counted yet: those of its corrections take their places for the
+    time being, as finer scales see a scale as it was fed at first."""
 
     cache: KVCache
     sums: Float[Tensor, "b _ _ c"] | None = None
+    first: Float[Tensor, "l two b h r d"] | None = None  # while corrections stand in the cache
 
     def reset(self) -> None:
         self.cache.reset()
-        self.sums = None
+        self.sums = self.first = None
+
+    def begin(self, fed: Pass) -> None:
+        """Make room for the rows of a pass: in place of the last scale, or behind it."""
+        last = self.cache.memory.narrow(4, self.cache.filled, len(fed.tokens))
+        if fed.correction == 1:
+            self.first = last.clone()
+        elif not fed.correction:
+            if self.first is not None:
+                last.copy_(self.first)
+                self.first = None
+            self.cache.advance(len(fed.tokens))
 
     def keep(self, batch: int) -> None:
         self.cache.keep(batch)
@@ -243,8 +256,7 @@ class NextScaleLlama(NextScale):
     ) -> Float[Tensor, "b s d"]:
         cache, prefix = state.cache, self.condition.rows
         if len(fed.tokens):
-            if not fed.correction:
-                cache.advance(len(fed.tokens))
+            state.begin(fed)
             x = self.rows(self.next_told(tokens[:, fed.tokens], fed, state), fed.predict)
         else:
             x = self.prefix(condition)
