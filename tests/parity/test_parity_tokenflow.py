@@ -252,7 +252,8 @@ def test_losses(folder, tmp_path):
     settings, inputs = case.config["loss"], case.inputs
     teacher = teacher_of(case, tmp_path)
     weights = under(case.weights, "discriminator.")
-    discriminator = PatchDiscriminator(settings["disc_dim"], settings["disc_num_layers"])
+    convolutions = sum(weight.ndim == 4 for weight in weights.values())
+    discriminator = PatchDiscriminator(len(weights["main.0.bias"]), convolutions - 2)
     load(discriminator, weights, "discriminator")
     kind = settings["reconstruction_loss"]
     loss = TokenizerLoss(

@@ -234,7 +234,20 @@ def test_wrong_sizes_are_refused():
         TokenFlow(FSQ([8, 5, 4]), CLIPTower(4, 16, 1, 2, 4), 16, 3, **TINY)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
+TIMM = importlib.util.find_spec("timm") is not None
+
+
+@pytest.mark.skipif(TIMM, reason="timm is installed")
 def test_networks_of_timm_need_timm():
     with pytest.raises(UserError, match="needs timm"):
         TimmTower()
+
+
+@pytest.mark.skipif(not TIMM, reason="timm is not installed")
+def test_networks_of_timm():
+    with torch.device("meta"):
+        for name in ("vitamin_small_224", "vit_tiny_patch16_224"):
+            tower = TimmTower(name, image_size=64)
+            assert tower(torch.rand(2, 3, 64, 64)).shape == (2, 16, tower.width)
+    with pytest.raises(UserError, match="timm knows no network 'vitamine'"):
+        TimmTower("vitamine")

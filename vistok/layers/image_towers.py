@@ -151,7 +151,8 @@ class TimmTower(ImageTower):
         self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1))
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b n d"]:
-        return self.net.forward_features((images - self.mean) / self.std)
+        rows = self.net.forward_features((images - self.mean) / self.std)
+        return rows[:, -(self.grid**2) :]  # behind those of classes and registers
 
 
 def embedded(

@@ -40,7 +40,8 @@ class TokenFlow(QuantizedTokenizer):
         image_size: pixels of a side. The weights do not depend on it.
         semantic_dim: channels of a latent that are semantic and come first; the rest are the pixel
             encoder's.
-        teacher_dim: channels of the teacher's features; None for no semantic decoder.
+        teacher_dim: channels of the teacher's features; None for no semantic decoder, where no
+            teacher is aligned with.
         semantic_depth: layers of the semantic decoder.
         semantic_heads: its attention heads.
         channels: width of the pixel encoder's first convolution, and what its multipliers multiply.
