@@ -7,6 +7,7 @@ from vistok.losses.adversarial import (
     TiTokDiscriminator,
 )
 from vistok.losses.alignment import Teacher, alignment
+from vistok.losses.dino import DINODiscriminator
 from vistok.losses.lecam import LeCAM
 from vistok.losses.perceptual import LPIPS, ConvNeXtLogits
 from vistok.losses.reconstruction import ReconstructionLoss
@@ -15,6 +16,7 @@ from vistok.losses.tokenizer import TokenizerLoss
 __all__ = [
     "LPIPS",
     "ConvNeXtLogits",
+    "DINODiscriminator",
     "Discriminator",
     "LeCAM",
     "PatchDiscriminator",

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -37,17 +38,23 @@ class TokenizerLoss(nn.Module):
     Args:
         reconstruction: distance of pixels.
         reconstruction_weight: its weight.
+        l1_weight: weight of the absolute difference beside that distance.
         perceptual_weight: weight of LPIPS.
         lpips_weights: VGG-16 file for LPIPS; see `LPIPS`.
         convnext_weight: weight of the difference of ConvNeXt-S's class scores (TiTok).
         convnext_weights: ConvNeXt-S file; see `ConvNeXtLogits`.
         adversarial_weight: weight of the adversary in the tokenizer's loss.
         adversarial_start: step at which the adversary sets in.
+        adversarial_warmup: steps from there in which its weight in the tokenizer's loss rises.
         adaptive: multiply the adversary's weight by the ratio of gradients at the last layer.
+        adaptive_floor: the least that then becomes of the weight.
         discriminator: the adversary; None for `PatchDiscriminator()`.
         discriminator_weight: weight of the discriminator's own loss.
         generator_form: what the tokenizer minimises against the adversary.
         discriminator_form: what the adversary minimises.
+        consistency_weight: weight, in the adversary's loss, of the squared difference of what it
+            makes of an image seen twice, as adversaries that augment do (balanced consistency: Zhao
+            et al., 2020, arXiv:2002.04724).
         lecam_weight: weight of `LeCAM` in the adversary's loss.
         lecam_decay: decay of its averages.
         feature_until: step from which the tokenizer's own term `feature` is left out (ReToK); None
@@ -63,17 +70,21 @@ class TokenizerLoss(nn.Module):
         self,
         reconstruction: Literal["l1", "l2"] = "l2",
         reconstruction_weight: float = 1.0,
+        l1_weight: float = 0.0,
         perceptual_weight: float = 0.0,
         lpips_weights: str | Path | None = None,
         convnext_weight: float = 0.0,
         convnext_weights: str | Path | None = None,
         adversarial_weight: float = 0.0,
         adversarial_start: int = 20_000,
+        adversarial_warmup: int = 0,
         adaptive: bool = False,
+        adaptive_floor: float = 0.0,
         discriminator: gan.Discriminator | None = None,
         discriminator_weight: float = 1.0,
         generator_form: gan.GeneratorForm = "hinge",
         discriminator_form: gan.DiscriminatorForm = "hinge",
+        consistency_weight: float = 0.0,
         lecam_weight: float = 0.0,
         lecam_decay: float = 0.999,
         feature_until: int | None = None,
@@ -84,14 +95,18 @@ class TokenizerLoss(nn.Module):
     ):
         super().__init__()
         self.reconstruction_weight = reconstruction_weight
+        self.l1_weight = l1_weight
         self.perceptual_weight = perceptual_weight
         self.convnext_weight = convnext_weight
         self.adversarial_weight = adversarial_weight
         self.adversarial_start = adversarial_start
+        self.adversarial_warmup = adversarial_warmup
         self.adaptive = adaptive
+        self.adaptive_floor = adaptive_floor
         self.discriminator_weight = discriminator_weight
         self.generator_form = generator_form
         self.discriminator_form = discriminator_form
+        self.consistency_weight = consistency_weight
         self.lecam_weight = lecam_weight
         self.feature_until = feature_until
         self.alignment_weight = alignment_weight
@@ -173,6 +188,11 @@ class TokenizerLoss(nn.Module):
         weight = self.discriminator_weight if self.is_adversarial(step) else 0.0
         total = weight * gan.discriminator_loss(real, fake, self.discriminator_form)
         terms = {"logits_real": real.mean(), "logits_fake": fake.mean()}
+        if self.consistency_weight > 0 and self.is_adversarial(step):
+            again = discriminator(images), discriminator(reconstruction.detach().float())
+            apart = sum(map(F.mse_loss, again, (real, fake)))
+            terms["consistency"] = self.consistency_weight * apart
+            total = total + terms["consistency"]
         if self.lecam_weight > 0 and self.is_adversarial(step):
             lecam = self.discriminator.lecam
             terms["lecam"] = self.lecam_weight * lecam(real, fake)
@@ -212,6 +232,8 @@ class TokenizerLoss(nn.Module):
             "reconstruction": self.reconstruction_weight
             * self.reconstruction(images, reconstruction)
         }
+        if self.l1_weight > 0:
+            terms["l1"] = self.l1_weight * F.l1_loss(reconstruction, images)
         if self.perceptual is not None:
             distance = self.perceptual(images, reconstruction).mean()
             terms["perceptual"] = self.perceptual_weight * distance
@@ -223,8 +245,11 @@ class TokenizerLoss(nn.Module):
                 self._judged_frozen(reconstruction), self.generator_form
             )
             weight = self.adversarial_weight
+            if self.adversarial_warmup:
+                weight *= min(1, (step + 1 - self.adversarial_start) / self.adversarial_warmup)
             if self.adaptive:
-                weight = weight * gan.adaptive_weight(sum(terms.values()), adversarial, last_layer)
+                ratio = gan.adaptive_weight(sum(terms.values()), adversarial, last_layer)
+                weight = (weight * ratio).clamp(min=self.adaptive_floor)
             terms["adversarial"] = weight * adversarial
         return terms
 
