@@ -61,6 +61,7 @@ class MultiScale(Quantizer):
             raise UserError(f"MultiScale: scales {list(scales)} must be positive and not decrease")
         self.quantizer = quantizer
         self.dim, self.vocab_size = quantizer.dim, quantizer.vocab_size
+        self.codebooks = quantizer.spec((1,)).levels or quantizer.vocab_size
         self.sizes = [height * width for height, width in self.scales]
         self.jointly = jointly
         self.commitment = commitment
@@ -108,7 +109,7 @@ class MultiScale(Quantizer):
                 if self.training:
                     quantised = latents + (quantised - latents).detach()
         ids = torch.cat([result.ids.flatten(1, 2) for result in found], dim=1)
-        return Quantized(quantised, ids, losses, *code_statistics(ids, self.vocab_size))
+        return Quantized(quantised, ids, losses, *code_statistics(ids, self.codebooks))
 
     def encode(self, latents: Float[Tensor, "b h w d"]) -> Int64[Tensor, "b n *digits"]:
         def coded(left: Tensor) -> tuple[Tensor, Tensor]:
