@@ -10,7 +10,7 @@ import transformers
 from vistok.errors import UserError
 from vistok.layers.image_towers import CLIPTower, SigLIPTower, TimmTower, interpolated
 from vistok.losses import Teacher, TokenizerLoss, alignment
-from vistok.quantizers import FSQ, DualVQ, MultiScale
+from vistok.quantizers import FSQ, DualVQ, Gaussian, MultiScale
 from vistok.tokenizers import ConvTokenizer, TokenFlow, Tokenizer
 
 TINY = {
@@ -232,6 +232,8 @@ def test_wrong_sizes_are_refused():
         tokenflow(decoder_channel_multipliers=(1,))
     with pytest.raises(UserError, match="semantic_dim 3 must leave some"):
         TokenFlow(FSQ([8, 5, 4]), CLIPTower(4, 16, 1, 2, 4), 16, 3, **TINY)
+    with pytest.raises(UserError, match="a Gaussian reads 6 channels for 3"):
+        TokenFlow(Gaussian(3), CLIPTower(4, 16, 1, 2, 4), 16, 1, **TINY)
 
 
 TIMM = importlib.util.find_spec("timm") is not None

@@ -86,10 +86,15 @@ class TokenFlow(QuantizedTokenizer):
                 f"TokenFlow: {len(decoder_multipliers)} decoder_channel_multipliers for "
                 f"{len(channel_multipliers)} channel_multipliers: the counts must be equal"
             )
-        if not 0 < semantic_dim < quantizer.in_dim:
+        if quantizer.in_dim != quantizer.dim:
+            raise UserError(
+                f"TokenFlow: a {type(quantizer).__name__} reads {quantizer.in_dim} channels for "
+                f"{quantizer.dim}, which two encoders cannot share out; expected codes of latents"
+            )
+        if not 0 < semantic_dim < quantizer.dim:
             raise UserError(
                 f"TokenFlow: semantic_dim {semantic_dim} must leave some of the quantizer's "
-                f"{quantizer.in_dim} channels to the pixel encoder"
+                f"{quantizer.dim} channels to the pixel encoder"
             )
         if stage not in (1, 2):
             raise UserError(f"TokenFlow: stage {stage}; expected 1 or 2")
@@ -105,7 +110,7 @@ class TokenFlow(QuantizedTokenizer):
             [channels * m for m in channel_multipliers],
             z_channels, num_res_blocks, attention, 0.0, pixel_patch_size, channels,
         )  # fmt: skip
-        self.quant_conv = nn.Conv2d(z_channels, quantizer.in_dim - semantic_dim, 1)
+        self.quant_conv = nn.Conv2d(z_channels, quantizer.dim - semantic_dim, 1)
         self.quantizer = quantizer
         self.semantic_decoder = None
         if teacher_dim is not None:
