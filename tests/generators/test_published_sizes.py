@@ -89,6 +89,8 @@ EMOJI = {  # likewise; others' are ids
     "tokenbridge": TokenSpec.factorised((8, 8), (64,) * 4, values="normal(5,3)"),
 }
 CODES = {  # of the models whose name begins so, which are fed what their tokens stand for
+    "tokenflow_emoji": (4096, 40, (1, 2, 4, 8)),
+    "tokenflow": (32768, 40, (1, 2, 4, 6, 8, 10, 12, 14, 16)),
     "var_emoji": (1024, 16, (1, 2, 3, 4, 6, 8)),
     "var_d36_s": (4096, 32, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)),
     "var": (4096, 32, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)),

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from vistok.decoding.plans import Pass, Plan
-from vistok.errors import IncompatibleTokensError
+from vistok.errors import IncompatibleTokensError, UserError
 from vistok.generators.base import GeneratorOutput
 from vistok.generators.conditions import (
     CaptionCondition,
@@ -142,6 +142,12 @@ class NextScaleLlama(NextScale):
             raise IncompatibleTokensError(
                 f"NextScaleLlama predicts scales from one token on, not {spec}: choose a tokenizer "
                 "whose first scale is 1x1, and not the last"
+            )
+        given = (caption_dim is not None, any((start_ids, end_ids, null_ids)))
+        if given[text_vocab_size is None]:
+            raise UserError(
+                "NextScaleLlama: text_vocab_size is of prompts, with their start_ids, end_ids and "
+                "null_ids, and caption_dim of features: give either"
             )
         self.condition_dropout = condition_dropout
         self.text_head = None
