@@ -34,9 +34,9 @@ def part(weights, prefix):
 
 def codes_options(config):
     return {
-        "smoothing": abs(config["quant_resi"]),
-        "commitment": config["beta"],
-        "cosine": config["using_znorm"],
+        "smoothing": abs(float(config["quant_resi"])),
+        "commitment": float(config["beta"]),
+        "cosine": bool(config["using_znorm"]),
     }
 
 
@@ -46,7 +46,7 @@ def tokenizer_of(weights, config, images, scales):
         tuple(images.shape[-2:]),
         scales,
         groups=config["num_groups"],
-        dropout=config["dropout"],
+        dropout=float(config["dropout"]),
         **codes_options(config),
     )
 
@@ -207,8 +207,8 @@ def models_of(case):
         part(case.weights, "vae."),
         num_heads=config["num_heads"],
         codes=codes_options(vae),
-        norm_eps=config["norm_eps"],
-        drop_path=config["drop_path_rate"],
+        norm_eps=float(config["norm_eps"]),
+        drop_path=float(config["drop_path_rate"]),
     )
     assert [s for s, _ in model.spec.shape] == config["patch_nums"]
     return tokenizer.eval(), model.eval()
@@ -272,7 +272,7 @@ def check_generation(case, name, settings, tokenizer, model):
     if "edit" in settings:
         edit = dict(settings["edit"])
         outside = edit.pop("inpainting")
-        corners = (edit[corner] for corner in ("y0", "x0", "y1", "x1"))
+        corners = (float(edit[corner]) for corner in ("y0", "x0", "y1", "x1"))
         mask = box(codes.scales[-1], *corners, outside=outside)
         case.compare(f"{name}.edit_mask", mask)
         source = tokenizer.encode((case.inputs["image"] + 1) / 2)
@@ -290,7 +290,7 @@ def check_generation(case, name, settings, tokenizer, model):
     case.compare(f"{name}.image", images)
     for scale, numbers in enumerate(uniforms.split(model.sizes, dim=1)):
         case.compare(f"{name}.scale{scale}.logits", logits[scale])
-        sampling = Sampling(float(not greedy), settings["top_k"], settings["top_p"] or 1.0)
+        sampling = Sampling(float(not greedy), settings["top_k"], float(settings["top_p"] or 1))
         drawn = sample_categorical(logits[scale], numbers, sampling)
         case.compare(f"{name}.scale{scale}.ids", drawn)
         if scale < last:

@@ -29,17 +29,15 @@ def read_weights(path: str | Path, entries: Sequence[str] = ENTRIES) -> Weights:
 
     A file holds its tensors either directly or, among other things, under one of `entries`, of
     which the first present counts: `("ema", "model")` prefers averaged weights, `("ema",)` takes no
-    others. Raises `CheckpointError` for a file that is missing, broken, of another kind, or that
-    asks for more than tensors.
+    others; `trainer/ema` is an entry inside another. Raises `CheckpointError` for a file that is
+    missing, broken, of another kind, or that asks for more than tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected published weights")
     content = _read(path)
-    for entry in entries:
-        if isinstance(content, dict) and isinstance(content.get(entry), dict):
-            content = content[entry]
-            break
+    found = (_inside(content, entry) for entry in entries)
+    content = next((entry for entry in found if entry is not None), content)
     if not (isinstance(content, dict) and content and _are_tensors(content)):
         found = list(map(str, content)) if isinstance(content, dict) else [type(content).__name__]
         raise CheckpointError(
@@ -107,6 +105,12 @@ def _read(path: Path) -> Any:
             if unsafe
             else f"{path}: not a readable weight file (truncated or of another kind)"
         ) from error
+
+
+def _inside(content: Any, entry: str) -> dict | None:
+    for name in entry.split("/"):
+        content = content.get(name) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def _are_tensors(content: dict[Any, Any]) -> bool:
