@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vistok.errors import UserError
-from vistok.text import ClipText, TextEncoder
+from vistok.text import ClipText, PromptReader, TextEncoder
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,18 @@ def test_what_is_no_t5_is_refused(text_encoder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match=r"pip install 'vistok\[text\]'"):
         TextEncoder(text_encoder)
+
+
+def test_prompts_are_ids(text_encoder, tmp_path):
+    reader = PromptReader(text_encoder, length=4)
+    assert reader.vocab_size == 31 and reader.ids("ab") == [4, 5, 1]
+    prompts = reader.encode(["ab", "", "abcde"])
+    assert prompts.ids.tolist() == [[30, 4, 5, 1], [30, 30, 30, 1], [4, 5, 6, 7]]
+    assert prompts.mask.sum(1).tolist() == [3, 1, 4]
+    with pytest.raises(UserError, match="reads 'ab' as id 5, the generator knows 5"):
+        PromptReader(text_encoder, 4, vocab_size=5).encode(["ab"])
+    with pytest.raises(UserError, match="no readable tokenizer"):
+        PromptReader(str(tmp_path), 4)
 
 
 def test_clip_states_of_all_positions(clip):

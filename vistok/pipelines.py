@@ -32,9 +32,9 @@ from vistok.text import (
     PromptReader,
     TextEncoder,
     caption_reader,
+    caption_shape,
     class_captions,
     decoder_text,
-    reads_captions,
     remember_encoder,
     remembered_encoder,
 )
@@ -77,7 +77,7 @@ class ImagePipeline:
         require_same(
             type(tokenizer).__name__, tokenizer.spec, type(generator).__name__, generator.spec
         )
-        if tokenizer.text_shape and reads_captions(generator):
+        if tokenizer.text_shape and caption_shape(generator):
             raise UserError(
                 f"{type(tokenizer).__name__} decodes with captions of classes: pair it with a "
                 "class-conditional generator"
@@ -150,7 +150,7 @@ class ImagePipeline:
     @property
     def conditioning(self) -> Literal["class", "text"]:
         """What images are conditioned on."""
-        return "text" if reads_captions(self.generator) else "class"
+        return "class" if caption_shape(self.generator) is None else "text"
 
     @property
     def text_encoder(self) -> str | None:

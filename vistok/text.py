@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vistok.errors import UserError
 from vistok.generators import Captions, Generator, Prompts
-from vistok.generators.conditions import CaptionCondition, ClassCondition, PromptCondition
+from vistok.generators.conditions import ClassCondition
 from vistok.models import Model
 from vistok.tokenizers import Tokenizer
 
@@ -52,23 +52,32 @@ class PromptReader(ReadsText):
     Args:
         path: directory or Hub repository of the tokenizer, as transformers saves it.
         length: ids to which prompts are padded or cut.
-        vocab_size: of the generator's texts; the last id is that of padding.
+        vocab_size: of the generator's texts, the last id being that of padding; None for one more
+            than the tokenizer has.
         device: of the ids.
 
     Raises `UserError` where transformers is not installed or `path` holds no tokenizer.
     """
 
     name, example = "tokenizer", "meta-llama/Llama-2-7b-hf"
+    dim = None  # ids have no channels
 
-    def __init__(self, path: str, length: int, vocab_size: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        path: str,
+        length: int = 128,
+        vocab_size: int | None = None,
+        device: torch.device | str = "cpu",
+    ):
         super().__init__(path)
         from transformers import AutoTokenizer
 
-        self.length, self.vocab_size, self.device = length, vocab_size, device
+        self.length, self.device = length, device
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, ImportError) as error:
             raise self._unreadable(error) from error
+        self.vocab_size = vocab_size or 1 + len(self.tokenizer)
 
     def encode(self, captions: Sequence[str]) -> Prompts:
         """Return the ids of captions, padded on the left."""
@@ -206,20 +215,14 @@ class ClipText(FrozenText):
         return self._model(input_ids=ids.to(self.device)).last_hidden_state
 
 
-def reads_captions(generator: Generator) -> bool:
-    """Return whether a generator is text-conditional, of features or of ids."""
-    return not isinstance(generator.condition, ClassCondition)
-
-
 def caption_reader(
     generator: Generator, path: str, device: torch.device | str = "cpu"
 ) -> TextEncoder | PromptReader:
     """Return what makes of captions what a text-conditional generator takes; raise `UserError`
     where there is no such thing at `path`."""
-    if isinstance(generator.condition, PromptCondition):
-        condition = generator.condition
-        return PromptReader(path, condition.length, condition.num_embeddings, device)
     length, dim = caption_shape(generator)
+    if dim is None:
+        return PromptReader(path, length, generator.condition.num_embeddings, device)
     encoder = TextEncoder(path, length, device)
     if encoder.dim != dim:
         raise UserError(
@@ -228,12 +231,12 @@ def caption_reader(
     return encoder
 
 
-def caption_shape(generator: Generator) -> tuple[int, int] | None:
-    """Return length and channels of the caption features that a generator takes, None for one that
-    takes classes or ids."""
-    if not isinstance(generator.condition, CaptionCondition):
+def caption_shape(generator: Generator) -> tuple[int, int | None] | None:
+    """Return length and channels of the captions that a text-conditional generator takes, None for
+    the channels of ids, and for a class-conditional one."""
+    if isinstance(generator.condition, ClassCondition):
         return None
-    return tuple(generator.condition.null_features.shape)
+    return generator.condition.shape
 
 
 def remember_encoder(model: Model, path: str) -> None:

@@ -60,6 +60,27 @@ def test_what_is_written_is_read(tmp_path, ranges):
         assert torch.equal(item["caption_mask"], MASK[i])
 
 
+def test_ids_are_read_as_they_were_written(tmp_path):
+    given = header(captions=CaptionSpec("some/llama", LENGTH, None))
+    writer = TokenCacheWriter(tmp_path, given)
+    writer.allocate()
+    ids = torch.arange(COUNT * LENGTH).view(COUNT, LENGTH) + 32000
+    labels, tokens = torch.zeros(COUNT).long(), torch.zeros(COUNT, 1, 2, 3).long()
+    with pytest.raises(UserError, match="expected 5 ids of some/llama"):
+        writer.write(0, tokens, labels, FEATURES, MASK)
+    writer.write(0, tokens, labels, ids, MASK)
+    writer.finish()
+    cache = TokenCache(tmp_path)
+    assert cache.header == given
+    cache.check_captions(LENGTH, None)
+    with pytest.raises(UserError, match=r"holds captions 5 ids of some/llama, .* takes 5 x 4"):
+        cache.check_captions(LENGTH, DIM)
+    for i in range(COUNT):
+        item = cache.get(i, torch.Generator())
+        assert torch.equal(item["captions"], ids[i] * MASK[i])
+        assert torch.equal(item["caption_mask"], MASK[i])
+
+
 def test_only_real_tokens_are_stored(tmp_path):
     written(tmp_path, (0, 4), (4, 7))
     content = sum(f.stat().st_size - 128 for f in tmp_path.glob("captions-*.npy"))

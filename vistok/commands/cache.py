@@ -3,6 +3,7 @@
 vistok cache --tokenizer runs/quickstart/tokenizer --data Emoji --output runs/quickstart/tokens
 accelerate launch --num_processes 8 -m vistok.cli cache --transform ten-crop --data ImageFolder ...
 vistok cache --text_encoder google/flan-t5-xl --data TarShards --data.pattern "train-*.tar" ...
+vistok cache --text_encoder meta-llama/Llama-2-7b-hf --caption_ids true --caption_length 128 ...
 """
 
 from pathlib import Path
@@ -23,7 +24,7 @@ from vistok.data import (
     shard_range,
 )
 from vistok.data.token_cache import HEADER
-from vistok.text import TextEncoder
+from vistok.text import PromptReader, TextEncoder
 from vistok.tokenizers import Tokenizer
 
 
@@ -36,6 +37,7 @@ def main(
     crops: int | None = None,
     text_encoder: str | None = None,
     caption_length: int = 120,
+    caption_ids: bool = False,
     batch_size: int = 64,
     num_workers: int = 2,
     seed: int = 0,
@@ -50,8 +52,9 @@ def main(
         crops: versions of each picture, of which training takes one at each sight; by default all
             that the transform counts (`ten-crop`: 10), or one draw of a random one
         text_encoder: directory or Hub repository of a T5 that encodes the captions, too, for
-            text-conditional generators
+            text-conditional generators; or of what reads them as ids
         caption_length: tokens to which captions are padded or cut
+        caption_ids: keep the ids of captions, for generators that embed these
         batch_size: crops encoded at once on each process; those of one picture stay together
         num_workers: processes that load pictures, for each process
         seed: of the random transform
@@ -60,7 +63,10 @@ def main(
     model = Tokenizer.from_pretrained(tokenizer).to(process.device).eval()
     crop = Transform(transform, model.image_size[0])
     images = ImageCrops(data, crop, crops, seed)
-    text = TextEncoder(text_encoder, caption_length, process.device) if text_encoder else None
+    text = None
+    if text_encoder:
+        reader = PromptReader if caption_ids else TextEncoder
+        text = reader(text_encoder, caption_length, device=process.device)
     header = TokenCacheHeader(
         model.fingerprint(),
         model.statistics_spec,
@@ -89,7 +95,7 @@ def main(
         captions = ()
         if text:
             encoded = text.encode(batch["caption"])
-            captions = encoded.features, encoded.mask
+            captions = encoded.ids if caption_ids else encoded.features, encoded.mask
         writer.write(start, tokens.unflatten(0, (-1, images.crops)), labels, *captions)
         start += len(labels)
     process.wait_for_everyone()

@@ -2,7 +2,7 @@
 
 A directory with `tokens.npy` (count, crops, *token shape), `labels.npy` (count,) and `header.json`,
 which names the tokenizer by fingerprint and the transform; a cache of another pair is refused. For
-text-conditional generators it holds the captions' features, too: see `vistok.data.captions`.
+text-conditional generators it holds the captions' features or ids, too: see `vistok.data.captions`.
 
 Several processes write one cache: the first calls `allocate`, all `write` disjoint ranges, the
 first calls `finish`, with a barrier after each stage. The header is written last, so that without
@@ -10,7 +10,7 @@ one the directory is no cache.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,11 +107,11 @@ class TokenCacheWriter:
         start: int,
         tokens: Tensor,
         labels: Int64[Tensor, "b"],
-        captions: Float[Tensor, "b l c"] | None = None,
+        captions: Float[Tensor, "b l c"] | Int64[Tensor, "b l"] | None = None,
         caption_mask: Bool[Tensor, "b l"] | None = None,
     ) -> None:
         """Write pictures [start, start + b): tokens (b, crops, *token shape), their labels and, if
-        the header names captions, the features of these, `caption_mask` being true for tokens."""
+        the header names captions, these, `caption_mask` being true for tokens."""
         end = start + len(labels)
         if (captions is None) != (self._captions is None):
             raise UserError(f"token cache: the header says captions {self.header.captions}")
@@ -195,8 +195,8 @@ class TokenCache:
                 f"it again or change the transform"
             )
 
-    def check_captions(self, length: int, dim: int) -> None:
-        """Raise `UserError` unless the cache holds captions of that size."""
+    def check_captions(self, length: int, dim: int | None) -> None:
+        """Raise `UserError` unless the cache holds captions of that size, ids if `dim` is None."""
         held = self.header.captions
         if held is None:
             raise UserError(
@@ -204,8 +204,9 @@ class TokenCache:
                 "it again with vistok cache --text_encoder PATH"
             )
         if (held.length, held.dim) != (length, dim):
+            wanted = replace(held, length=length, dim=dim).size
             raise UserError(
-                f"{self.directory}: holds captions {held}, the generator takes {length} x {dim}"
+                f"{self.directory}: holds captions {held}, the generator takes {wanted}"
             )
 
     def __len__(self) -> int:
@@ -213,8 +214,8 @@ class TokenCache:
 
     def get(self, index: int, generator: torch.Generator) -> dict[str, Any]:
         """Return {"tokens": int64 or float32, shaped as `spec`, "label", "index"}; where there are
-        captions, also "captions" (length, dim) in float16, padded on the left, and "caption_mask"
-        (length,), true for tokens."""
+        captions, also "captions" (length, dim) in float16, or ids (length,), padded on the left,
+        and "caption_mask" (length,), true for tokens."""
         crop = int(torch.randint(self.header.crops, (), generator=generator))
         dtype = np.float32 if self.spec.kind == "latents" else np.int64
         tokens = torch.from_numpy(self._tokens[index, crop].astype(dtype))

@@ -31,7 +31,7 @@ class Texts:
     def device(self) -> torch.device:
         return self.mask.device
 
-    def to(self, device: torch.device) -> "Texts":
+    def to(self, device: torch.device | str) -> "Texts":
         return type(self)(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
@@ -119,10 +119,15 @@ class CaptionCondition(nn.Module):
         self.fc1 = nn.Linear(caption_dim, dim, bias=False)
         self.fc2 = nn.Linear(dim, dim, bias=False)
         self.register_buffer("null_features", torch.randn(rows, caption_dim) / caption_dim**0.5)
+        self.shape = (rows, caption_dim)
 
     def forward(self, captions: Captions) -> Float[Tensor, "b l d"]:
         features = captions.features.to(self.fc1.weight.dtype)
         return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
+
+    def of(self, features: Float[Tensor, "b l c"], mask: Bool[Tensor, "b l"]) -> Captions:
+        """Return the captions that a token cache keeps so."""
+        return Captions(features.float(), mask)
 
     def null(self, captions: Captions) -> Captions:
         return Captions(self.null_features.expand_as(captions.features), captions.mask)
@@ -173,7 +178,7 @@ class PromptCondition(nn.Embedding):
         null_ids: Sequence[int] = (),
     ):
         super().__init__(vocab_size, dim)
-        self.length, self.rows = length, length + len(start_ids)
+        self.rows, self.shape = length + len(start_ids), (length, None)
         self.register_buffer("start_ids", torch.tensor(list(start_ids)).long(), persistent=False)
         null = Prompts.left_padded([null_ids], length, vocab_size - 1)
         self.register_buffer("null_ids", null.ids, persistent=False)
@@ -182,6 +187,10 @@ class PromptCondition(nn.Embedding):
     def forward(self, prompts: Prompts) -> Float[Tensor, "b l d"]:
         start = self.start_ids.expand(len(prompts), -1)
         return super().forward(torch.cat([prompts.ids, start], dim=1))
+
+    def of(self, ids: Int64[Tensor, "b l"], mask: Bool[Tensor, "b l"]) -> Prompts:
+        """Return the prompts that a token cache keeps so."""
+        return Prompts(ids, mask)
 
     def null(self, prompts: Prompts) -> Prompts:
         return Prompts(self.null_ids.expand_as(prompts.ids), self.null_mask.expand_as(prompts.mask))
@@ -203,10 +212,9 @@ class PromptCondition(nn.Embedding):
 
     def check(self, prompts: object) -> None:
         """Raise `UserError` unless `prompts` have this model's length; values are not read."""
-        if not isinstance(prompts, Prompts) or prompts.ids.shape[1] != self.length:
+        length, _ = self.shape
+        if not isinstance(prompts, Prompts) or prompts.ids.shape[1] != length:
             found = type(prompts).__name__
             if isinstance(prompts, Prompts):
                 found = f"prompts (B, {prompts.ids.shape[1]})"
-            raise UserError(
-                f"this model reads words: give it prompts (B, {self.length}), not {found}"
-            )
+            raise UserError(f"this model reads words: give it prompts (B, {length}), not {found}")
