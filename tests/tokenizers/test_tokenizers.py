@@ -66,6 +66,14 @@ TOKENIZERS = {
     "conv-patches": lambda q: ConvTokenizer(
         q, (16, 24), channel_multipliers=(2, 1), patch_size=2, attention=False, **CONV
     ),
+    "conv-scales": lambda q: ConvTokenizer(
+        MultiScale(q, (1, 2, 4), smoothers=2),
+        16,
+        channel_multipliers=(1, 2, 3),
+        kernel_size=3,
+        groups=4,
+        **CONV,
+    ),
     "titok": lambda q: TiTok(q, 16, 4, num_latent_tokens=5, decoder_patch_size=8, **VIT),
     "titok-stem": lambda q: TiTok(q, 16, 4, num_latent_tokens=5, stem_channels=8, **VIT),
     "titok-taildrop": lambda q: TiTok(
@@ -215,6 +223,15 @@ def test_llamagen_sizes(multipliers, parameters):
     with torch.device("meta"):
         model = ConvTokenizer(VQ(16384, 8), channel_multipliers=multipliers)
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_var_sizes():
+    codes = MultiScale(VQ(4096, 32, l2_normalise=False))
+    with torch.device("meta"):
+        model = ConvTokenizer(codes, channels=160, z_channels=32, kernel_size=3)
+    parts = (model.encoder, model.decoder, model.quantizer, model)
+    counts = [sum(p.numel() for p in part.parameters()) for part in parts]
+    assert [round(count / 1e6, 2) for count in counts] == [44.11, 64.65, 0.17, 108.95]
 
 
 def test_titok_sizes():
