@@ -143,12 +143,10 @@ class NextScaleLlama(NextScale):
                 f"NextScaleLlama predicts scales from one token on, not {spec}: choose a tokenizer "
                 "whose first scale is 1x1, and not the last"
             )
-        given = (caption_dim is not None, any((start_ids, end_ids, null_ids)))
-        if given[text_vocab_size is None]:
-            raise UserError(
-                "NextScaleLlama: text_vocab_size is of prompts, with their start_ids, end_ids and "
-                "null_ids, and caption_dim of features: give either"
-            )
+        if text_vocab_size is None and any((start_ids, end_ids, null_ids)):
+            raise UserError("NextScaleLlama: start_ids, end_ids and null_ids need text_vocab_size")
+        if text_vocab_size is not None and caption_dim is not None:
+            raise UserError("NextScaleLlama: give either text_vocab_size or caption_dim")
         self.condition_dropout = condition_dropout
         self.text_head = None
         if text_vocab_size is not None:
@@ -297,6 +295,7 @@ class NextScaleLlama(NextScale):
         return x
 
 
+@torch.compiler.disable  # which would make the rows and their mask anew
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def joined(sizes: tuple[int, ...], prefix: int, ends: int, device: torch.device) -> Pass:
