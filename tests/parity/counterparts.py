@@ -108,7 +108,7 @@ def vector_quantize(args: dict) -> Counterpart:
         "rotation": args.pop("rotation_trick", True),
     }
     if args.pop("learnable_codebook", False):
-        args.pop("ema_update")
+        args.pop("ema_update", False)
         orthogonal = float(args.pop("orthogonal_reg_weight", 0))
         diversity = float(args.pop("codebook_diversity_loss_weight", 0))
         sharpness = args.pop("codebook_diversity_temperature", 100.0)
@@ -130,6 +130,7 @@ def vector_quantize(args: dict) -> Counterpart:
             size,
             commitment=weight,
             decay=args.pop("decay", 0.8),
+            smoothing=args.pop("eps", 1e-5),
             expiry=float(args.pop("threshold_ema_dead_code", 0)),
             kmeans=kmeans if args.pop("kmeans_init", False) else 0,
             **common,
@@ -206,7 +207,8 @@ def ibq(args: dict) -> Counterpart:
 
 
 def norm_ema(args: dict) -> Counterpart:
-    args.pop("kmeans_init")
+    if not args.get("kmeans_init"):
+        args.pop("kmeans_init", None)
     quantizer = NormEMAVQ(
         args.pop("n_embed"),
         args.pop("embedding_dim"),

@@ -28,7 +28,8 @@ def difference(name: str) -> str:
     quantizer = QUANTIZERS[name]()
     latents = torch.randn(2, *POSITIONS, quantizer.in_dim)
     backend = "inductor" if name in INDUCTOR else "aot_eager"
-    for training in (False,) if quantizer.draws else (True, False):
+    modes = [not quantizer.draws] + [False] * (name in INDUCTOR)
+    for training in modes:
         quantizer.train(training)
         compiled = torch.compile(quantizer, fullgraph=True, backend=backend)
         ids, found = outcome(quantizer, compiled, latents)

@@ -18,6 +18,7 @@ from vistok.quantizers import (
     VQ,
     DimensionWise,
     DualVQ,
+    MultiScale,
     NormEMAVQ,
     Product,
     Projected,
@@ -53,6 +54,12 @@ QUANTIZERS: dict[str, Callable[[], Quantizer]] = {
     "ibq": lambda: IBQ(20, 3, entropy=0.05, entropy_temperature=0.1),
     "lfq": lambda: LFQ(6, temperature=1.0),
     "lfq-factors": lambda: LFQ(5, temperature=1.0, factors=(2, 3)),
+    "multi-scale": lambda: spread(
+        MultiScale(VQ(20, 3, commitment=0.0, codebook_weight=0.0), [1, (2, 3), POSITIONS], 2)
+    ),
+    "multi-scale-ema": lambda: MultiScale(
+        EMAVQ(20, 3, decay=0.9, expiry=0.5), [1, (2, 3), POSITIONS], smoothers=0, jointly=False
+    ),
     "norm-ema-vq": lambda: NormEMAVQ(20, 3, decay=0.9),
     "product": lambda: spread(
         Product([VQ(20, 2), FSQ([5, 4]), LFQ(4, temperature=1.0, factors=(1, 3))])

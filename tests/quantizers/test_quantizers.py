@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,17 @@ def test_statistics_describe_the_batch(make):
     torch.testing.assert_close(result.usage, torch.tensor(sum(shares) / len(shares)))
     assert 1 <= result.perplexity <= max(hit) + 1e-3
     assert list(result.statistics) == ["codebook_usage", "codebook_perplexity", "dead_codes"]
+
+
+@every_quantizer
+def test_is_rebuilt_from_its_config(make):
+    quantizer = make()
+    plain = json.loads(json.dumps(quantizer.arguments))
+    again = type(quantizer)(**type(quantizer).revive(plain, "config"))
+    again.load_state_dict(quantizer.state_dict())
+    latents = latents_of(quantizer)
+    assert torch.equal(again.encode(latents), quantizer.encode(latents))
+    assert again.arguments == quantizer.arguments
 
 
 def test_code_statistics():

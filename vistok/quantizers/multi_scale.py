@@ -159,8 +159,9 @@ class MultiScale(Quantizer):
         def coded(left: Tensor) -> tuple[Tensor, Tensor]:
             return left, self.quantizer.decode(self.quantizer.encode(left))
 
-        left = [left.flatten(0, 2) for left, _ in self._walk(latents.float(), coded)]
-        self.quantizer.update(torch.cat(left))
+        left = [left.flatten(1, 2) for left, _ in self._walk(latents.float(), coded)]
+        # Image by image: the order of rows is then that of one process with the whole batch.
+        self.quantizer.update(torch.cat(left, dim=1))
 
     def _walk(
         self,
