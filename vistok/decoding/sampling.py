@@ -38,14 +38,20 @@ def probabilities(
     logits = logits.float()
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        kth = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+    limited = 0 < sampling.top_k < logits.shape[-1]
+    if limited:
+        ranked, order = logits.topk(sampling.top_k, dim=-1)
+        logits = logits.masked_fill(logits < ranked[..., -1:], -torch.inf)
     probs = logits.softmax(dim=-1)
     if sampling.top_p < 1:
-        ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+        # The most likely ones are in order already, but for ties of the last, which all stay.
+        if limited:
+            ranked = probs.gather(-1, order)
+        else:
+            ranked, order = probs.sort(dim=-1, descending=True, stable=True)
         beyond = ranked.cumsum(dim=-1) - ranked >= sampling.top_p
-        probs = probs.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
+        dropped = torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, order, beyond)
+        probs = probs.masked_fill(dropped, 0)
         probs = probs / probs.sum(dim=-1, keepdim=True)
     return probs
 
