@@ -56,8 +56,8 @@ def main(
         output: folder for the PNG files; a labelled grid of the first of them goes beside it
         classes: class names or numbers, taken in turn; all of them by default
         prompts: for a text-conditional checkpoint, prompts taken in turn; or a file, one a line
-        text_encoder: directory or Hub repository of the T5 that reads them; the one that the
-            checkpoint was trained with by default
+        text_encoder: directory or Hub repository of what reads them, a T5 or a tokenizer of text;
+            the one that the checkpoint was trained with by default
         count: number of images; 8 of each class or prompt by default
         seed: image i depends on the seed and i alone, whatever the batch or the processes
         batch_size: images decoded at once on each process

@@ -26,7 +26,7 @@ from vistok.data import (
 )
 from vistok.decoding import Decoding
 from vistok.errors import UserError
-from vistok.generators import Captions, Condition, Generator
+from vistok.generators import Condition, Generator
 from vistok.images import image_grid
 from vistok.pipelines import DEFAULT, ImagePipeline, write_decoding
 from vistok.text import caption_shape, remember_encoder
@@ -152,7 +152,7 @@ def main(
     def condition_of(batch: dict[str, Tensor]) -> Condition:
         if captions is None:
             return batch["label"]
-        return Captions(batch["captions"].float(), batch["caption_mask"])
+        return net.condition.of(batch["captions"], batch["caption_mask"])
 
     def scores(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         loss = ema.module(tokens_of(batch), condition_of(batch)).loss

@@ -5,6 +5,8 @@ vistok import llamagen c2i_L_384.pt --out runs/llamagen-l --options.shape "[24,2
 vistok import nar c2i_B.pt --out runs/nar-b
 vistok import kl16 kl16.ckpt --out runs/mar-l
 vistok import mar checkpoint-last.pth --out runs/mar-l --plan "mar(64)" --steps "linear(50,5)"
+vistok import var var_d16.pth --out runs/var-d16 --options.tokenizer vae_ch160v4096z32.pth
+vistok import tokenflow-t2i Tokenflow-t2i/ --out runs/t2i --options.tokenizer runs/t2i/tokenizer
 vistok import autoencoder-kl sd-vae-ft-mse --out runs/sd-vae --options.image_size 256
 """
 
@@ -24,6 +26,7 @@ from vistok.checkpoints import (
     titok,
     tokenbridge,
     tokenflow,
+    tokenflow_t2i,
     var,
     xar,
 )
@@ -31,7 +34,7 @@ from vistok.checkpoints.files import ENTRIES, read_weights
 from vistok.decoding import DecodingOptions
 from vistok.errors import UserError
 from vistok.pipelines import DEFAULT, write_decoding
-from vistok.text import caption_shape, remember_encoder
+from vistok.text import caption_shape, remember_encoder, remembered_encoder
 from vistok.tokenizers import Tokenizer
 
 # Of files that hold averaged weights beside others.
@@ -62,7 +65,7 @@ IMPORTERS = {
     "tokenflow": tokenflow.convert,  # also a new one around the image tower of a CLIP or SigLIP
 }
 # Of what is published as a directory, which says how it was made.
-DIRECTORY_IMPORTERS = {"autoencoder-kl": kl.diffusers}
+DIRECTORY_IMPORTERS = {"autoencoder-kl": kl.diffusers, "tokenflow-t2i": tokenflow_t2i.directory}
 
 
 def main(
@@ -84,6 +87,7 @@ def main(
         "var",
         "tokenflow",
         "autoencoder-kl",
+        "tokenflow-t2i",
     ],
     weights: str,
     out: str,
@@ -95,8 +99,8 @@ def main(
 
     Args:
         system: whose weights they are
-        weights: .pt, .pth, .bin, .ckpt or .safetensors file; of an autoencoder-kl the directory or
-            Hub repository
+        weights: .pt, .pth, .bin, .ckpt or .safetensors file; of autoencoder-kl and tokenflow-t2i
+            the directory or Hub repository
         out: directory of the checkpoint; the model goes into its tokenizer/ or generator/
         options: what the file does not tell, as --options.NAME VALUE; for tokenizers image_size,
             for generators shape (of the tokens, 16x16 by default), num_heads, class_names, ...
@@ -116,7 +120,7 @@ def main(
     if part == "generator":
         decoding = DEFAULT.changed(**changes)
         decoding.plan_of(model)  # raises before anything is written
-        if caption_shape(model):
+        if caption_shape(model) and remembered_encoder(model) is None:
             remember_encoder(model, T5)
     elif model.text_shape is not None:
         remember_encoder(model, CLIP)

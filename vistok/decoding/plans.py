@@ -39,7 +39,8 @@ class Pass:
     attends to; without them rows follow those before and `rank` says what they see.
 
     `correction` is 0 where the positions are predicted for the first time, and otherwise how often
-    they were before: they are fed, too, and their rows take the places of those of that time.
+    they were before: then they are fed, too. Whether later sets see the rows of that first time
+    (TokenFlow) or of the last (VAR) is the model's.
     """
 
     condition: Int64[Tensor, "c"]
