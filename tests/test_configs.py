@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = {
     "train/tokenizer.py": ["tokenizers/*.yaml", "quickstart/tokenizer.yaml"],
     "train/generator.py": ["generators/*.yaml", "quickstart/generator.yaml"],
-    "sample/evaluate.py": ["quickstart/fid.yaml", "quickstart/rfid.yaml"],
+    "sample/evaluate.py": ["quickstart/fid.yaml", "quickstart/rfid.yaml", "quickstart/probe.yaml"],
 }
 FILES = {
     file: script
