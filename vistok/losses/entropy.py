@@ -8,8 +8,6 @@ from torch import Tensor
 
 from vistok.layers.processes import mean_of_processes
 
-__all__ = ["assignment_entropies", "entropy_of_mean", "mean_of_processes"]
-
 EPSILON = 1e-5
 
 
