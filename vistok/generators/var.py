@@ -6,7 +6,6 @@ all positions at once; rows see their own scale and the coarser ones. The first 
 from the class, which also modulates every block (Peebles and Xie, 2022, arXiv:2212.09748).
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,11 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from vistok.decoding.orders import Order
 from vistok.decoding.plans import Pass, Plan
-from vistok.errors import IncompatibleTokensError, UserError
-from vistok.generators.base import Generator, GeneratorOutput
+from vistok.generators.base import GeneratorOutput
 from vistok.generators.conditions import ClassCondition
+from vistok.generators.next_scale import NextScale
 from vistok.heads.categorical import CategoricalHead
 from vistok.layers.cache import KVCache
 from vistok.layers.cosine_transformer import CosineBlock, Modulation, modulated
@@ -56,7 +54,7 @@ class DecodingState:
             self.head = tuple(part[:batch] for part in self.head)
 
 
-class VAR(Generator):
+class VAR(NextScale):
     """Args:
     spec: tokens to model; ids of scales.
     class_names: names of the classes, in the order of their labels.
@@ -92,7 +90,6 @@ class VAR(Generator):
     | more_smooth | `vistok.generators.smooth.Smooth` |
     """
 
-    of_scales = True
     _no_split_modules: ClassVar = ["CosineBlock"]
 
     @register_to_config
@@ -133,32 +130,13 @@ class VAR(Generator):
         self.head_modulation = Linear(dim, 2 * dim, bias=True)
         self._initialise(gate_gain)
         self.head = CategoricalHead(dim, spec.vocab_size, bias=True)
-        self.codes: MultiScale | None = None
         if codes is not None:
-            self._adopt(codes)
+            self.adopt(codes)
 
-    def take_codes(self, tokenizer: object) -> None:
-        """Keep a copy of the tokenizer's quantizer; raise `IncompatibleTokensError` unless it is a
-        `MultiScale` of these tokens."""
-        codes = getattr(tokenizer, "quantizer", None)
-        if not isinstance(codes, MultiScale):
-            raise IncompatibleTokensError(
-                f"{type(self).__name__} is fed the sum of the scales, which "
-                f"{type(tokenizer).__name__} does not make: choose one with a "
-                "MultiScale quantizer"
-            )
-        self._adopt(copy.deepcopy(codes).to(self.device))
-        self.register_to_config(codes=codes)
-
-    def plan(self, order: Order | None = None) -> Plan:
-        order = order or Order("next_scale")
-        if order.name != "next_scale":
-            raise UserError(f"{type(self).__name__} decodes by next_scale, not by {order}")
-        return order(self.spec.shape)
-
-    @property
-    def orders(self) -> list[str]:
-        return ["next_scale", "next_scale(corrections)"]
+    def code_layers(self, dim: int) -> Linear:
+        embed = Linear(dim, self.position.shape[1], bias=True)
+        self._draw(embed)
+        return embed
 
     def forward(
         self, tokens: Int64[Tensor, "b *shape"], condition: Int64[Tensor, "b"]
@@ -183,7 +161,7 @@ class VAR(Generator):
     def told(self, tokens: Int64[Tensor, "b n"]) -> Float[Tensor, "b _ c"]:
         """Return what each scale but the first is predicted from: means of the sum of the scales
         before over its areas."""
-        codes, total, means = self._known_codes(), 0, []
+        codes, total, means = self.known_codes, 0, []
         with torch.autocast(tokens.device.type, enabled=False):
             for scale, grid in enumerate(codes.codes(tokens)[:-1]):
                 total = total + codes.added(grid, scale)
@@ -259,7 +237,7 @@ class VAR(Generator):
     def next_told(self, tokens: Tensor, fed: Pass, state: DecodingState) -> Float[Tensor, "b r c"]:
         """Return what a pass tells its rows: the means of the map with the scale that is fed. The
         map keeps those that will not be corrected."""
-        codes = self._known_codes()
+        codes = self.known_codes
         scale = state.scale if fed.correction else state.scale - 1
         with torch.autocast(tokens.device.type, enabled=False):
             vectors = tokens if tokens.ndim == 3 else codes.quantizer.decode(tokens)
@@ -268,34 +246,6 @@ class VAR(Generator):
             if not fed.correction:
                 state.total = total
             return codes.shrunk(total, state.scale).flatten(1, 2)
-
-    def compile_decoding(self, **options) -> None:
-        # Scales differ in size, and the null half comes and goes: one graph serves them all.
-        self.transformer = torch.compile(self.transformer, dynamic=True, **options)
-
-    def _known_codes(self) -> MultiScale:
-        if self.codes is None:
-            raise UserError(
-                f"{type(self).__name__} knows no codes: give it those of its tokenizer "
-                "(take_codes) before anything else"
-            )
-        return self.codes
-
-    def _adopt(self, codes: MultiScale) -> None:
-        made = codes.spec(codes.scales[-1])
-        if (made.kind, made.shape, made.vocab_size) != (
-            self.spec.kind,
-            self.spec.shape,
-            self.spec.vocab_size,
-        ):
-            raise IncompatibleTokensError(
-                f"{type(self).__name__} was built for {self.spec}, but these codes are {made}"
-            )
-        if self.codes is None:
-            self.code_embed = Linear(codes.dim, self.position.shape[1], bias=True)
-            self._draw(self.code_embed)
-            self.code_embed.to(self.position)
-        self.codes = codes.requires_grad_(False)
 
     def _initialise(self, gate_gain: float) -> None:
         for module in self.modules():
