@@ -52,10 +52,11 @@ def main(
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     train, held_out = Emoji("train"), Emoji("held-out")
     words = sorted({word for caption in train.captions for word in caption.split()})
     ids = {word: i for i, word in enumerate(words, start=2)}  # 0 begins, 1 is unknown
-    net = CLIPModel(config(len(ids) + 2, image_size, patch_size, width, depth))
+    net = CLIPModel(config(len(ids) + 2, image_size, patch_size, width, depth)).to(device)
     stream = Stream(Images(train, Transform("random-crop-flip", image_size)), 0)
     steps = images // batch_size
     adam = torch.optim.AdamW(net.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.1)
@@ -63,7 +64,7 @@ def main(
     loader = make_loader(stream, start_step=0, num_steps=steps, batch_size=batch_size)
     for step, batch in enumerate(loader):
         logits = scores(net, batch["image"], tokens(batch["caption"], ids, word_dropout))
-        own = torch.arange(len(logits))
+        own = torch.arange(len(logits), device=device)
         loss = (cross_entropy(logits, own) + cross_entropy(logits.t(), own)) / 2
         adam.zero_grad()
         loss.backward()
@@ -102,10 +103,10 @@ def scores(net: CLIPModel, images: Tensor, texts: Tensor) -> Tensor:
     """Return the similarity of each picture with each name, sharpened."""
     processor = CLIPImageProcessor()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
-    tower = net.vision_model
-    patches = tower(pixel_values=(images - mean) / std).last_hidden_state[:, 1:]
+    tower, normalised = net.vision_model, ((images - mean) / std).to(net.device)
+    patches = tower(pixel_values=normalised).last_hidden_state[:, 1:]
     pictures = net.visual_projection(tower.post_layernorm(patches)).mean(1)
-    names = net.text_projection(net.text_model(input_ids=texts).pooler_output)
+    names = net.text_projection(net.text_model(input_ids=texts.to(net.device)).pooler_output)
     return net.logit_scale.exp() * normalize(pictures) @ normalize(names).t()
 
 
@@ -118,7 +119,7 @@ def found(net: CLIPModel, source: Emoji, ids: dict[str, int], among: int = 100) 
     hits = []
     for batch in DataLoader(held_out, among, drop_last=True):
         logits = scores(net, batch["image"], tokens(batch["caption"], ids))
-        hits.append((logits.argmax(1) == torch.arange(among)).float().mean())
+        hits.append((logits.argmax(1).cpu() == torch.arange(among)).float().mean())
     net.train()
     return torch.stack(hits).mean().item()
 

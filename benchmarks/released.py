@@ -99,9 +99,15 @@ def main(
 
 
 @torch.no_grad()
-def measured(name: str, sides: list[Callable], repeats: int) -> tuple[float, float, float]:
+def measured(
+    name: str,
+    sides: list[Callable],
+    repeats: int,
+    clock: Callable[[], float] = time.process_time,
+) -> tuple[float, float, float]:
     """Return the largest difference of the results as a share of their deviation, and the median
-    seconds of each side. Raises `RuntimeError` if ids differ, or images more than they may."""
+    seconds of each side by `clock`. Raises `RuntimeError` if ids differ, or images more than they
+    may."""
     theirs, ours = (side(True) for side in sides)
     difference = float((theirs - ours).abs().max() / ours.double().std())
     if not difference <= (TOLERANCE if ours.is_floating_point() else 0):
@@ -109,9 +115,9 @@ def measured(name: str, sides: list[Callable], repeats: int) -> tuple[float, flo
     seconds = [], []
     for _ in range(repeats):
         for side, took in zip(sides, seconds, strict=True):
-            began = time.process_time()
+            began = clock()
             side(False)
-            took.append(time.process_time() - began)
+            took.append(clock() - began)
     return difference, *map(statistics.median, seconds)
 
 

@@ -13,6 +13,7 @@ so a figure compares structures, not repositories; what does not differ is visto
 - nearest neighbours, then a convolution, where the decoder doubles the resolution.
 """
 
+import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,6 +53,7 @@ def main(
     batches: tuple[int, ...] = (1, 4),
     repeats: int = 5,
     threads: int = 1,
+    device: str = "cpu",
 ) -> None:
     """Check that both sides give the same ids and images, and print the times of each.
 
@@ -61,24 +63,33 @@ def main(
         batches: images at once, for two rows each
         repeats: timed runs of each side, in turn, after one that is checked
         threads: of the CPU; the time of several is their sum
+        device: cpu, whose own time counts, or cuda
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    tokenizer, model = models_of(sizes, scales)
+    tokenizer, model = (half.to(device) for half in models_of(sizes, scales))
+    where, clock = f"CPU ({torch.backends.cpu.get_cpu_capability()})", time.process_time
+    if model.device.type == "cuda":
+        where, clock = torch.cuda.get_device_name(), time_of_device
     print(
-        f"CPU ({torch.backends.cpu.get_cpu_capability()}), float32, {threads} thread(s): CPU time "
-        f"of a batch, medians of {repeats}; {sizes.depth} x {sizes.width}, tokenizer of "
-        f"{sizes.channels} channels, {model.spec.num_tokens} tokens\n\n"
+        f"{where}, float32, {threads} thread(s): time of a batch, medians of {repeats}; "
+        f"{sizes.depth} x {sizes.width}, tokenizer of {sizes.channels} channels, "
+        f"{model.spec.num_tokens} tokens\n\n"
         "| batch | to | released structure, ms | vistok, ms | times as fast | difference |\n"
         "|---|---|---|---|---|---|"
     )
     for batch in batches:
-        labels = torch.arange(batch) % 1000
+        labels = torch.arange(batch, device=device) % 1000
         for result, its in (("tokens", None), ("images", tokenizer)):
             sides = [partial(side, its, model, labels) for side in (released, ours)]
-            difference, theirs, own = measured(f"batch {batch}, {result}", sides, repeats)
+            difference, theirs, own = measured(f"batch {batch}, {result}", sides, repeats, clock)
             times = f"{1000 * theirs:.0f} | {1000 * own:.0f} | {theirs / own:.2f}"
             print(f"| {batch} | {result} | {times} | {difference:.1g} |", flush=True)
+
+
+def time_of_device() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def models_of(sizes: Sizes, scales: tuple[int, ...]) -> tuple[ConvTokenizer, VAR]:
@@ -99,7 +110,7 @@ def models_of(sizes: Sizes, scales: tuple[int, ...]) -> tuple[ConvTokenizer, VAR
 
 def ours(tokenizer: ConvTokenizer | None, model: VAR, labels: Tensor, greedy: bool) -> Tensor:
     decoding = OURS.changed(temperature=Schedule(0)) if greedy else OURS
-    tokens = decode(model, labels, Noise(0, labels), decoding)
+    tokens = decode(model, labels, Noise(0, range(len(labels))), decoding)
     return tokens if tokenizer is None else tokenizer.decode(tokens)
 
 
@@ -110,7 +121,7 @@ def released(tokenizer: ConvTokenizer | None, model: VAR, labels: Tensor, greedy
     condition = model.condition(model.condition.with_null(labels))
     place = model.position + model.level(model.level_of)
     x = condition + model.start + place[: len(model.start)]
-    total = torch.zeros(batch, codes.dim, *codes.scales[-1])
+    total = torch.zeros(batch, codes.dim, *codes.scales[-1], device=labels.device)
     for k, size in enumerate(codes.scales):
         for block in model.blocks:
             x = through(block, x, condition, caches)

@@ -47,6 +47,7 @@ TOKENFLOW = {
     "pixel_patch_size": 4,
 }
 TOKENIZERS = ("tokenflow", "var")
+CONV = ROOT / "assets/emoji/tokenizer"
 # Name of a row: the pair, and how it decodes other than by its config.
 ROWS = {
     "VAR": ("var-pair", {}),
@@ -76,7 +77,9 @@ def main(
     """
     folder, length = Path(output), ["--images", images] if images else []
     scores = folder / "metrics.json"
-    train(folder, length)
+    prepare(folder)
+    for name in TOKENIZERS:
+        train_pair(folder, name, length)
 
     print("| tokenizer | tokens | PSNR, dB | SSIM | rFID, random features |\n|---|---|---|---|---|")
     for name in TOKENIZERS:
@@ -85,13 +88,20 @@ def main(
         numbers = f"{found['psnr']:.2f} | {found['ssim']:.3f} | {found['rfid']:.2f}"
         print(f"| {name} | {spec.num_tokens} of {spec.vocab_size} | {numbers} |")
 
-    print("\n| features | of | channels | accuracy | balanced | mAP | recall at 1 |")
+    print("\n| tokenizer | features | channels | accuracy | balanced accuracy | R@1 | mAP |")
     print("|---|---|---|---|---|---|---|")
-    for name in TOKENIZERS:
-        found = score(scores, f"{name}-probe", "--probe", "true", "--tokenizer", folder / name,
+    for name, tokenizer in {"conv (FSQ)": CONV, **{n: folder / n for n in TOKENIZERS}}.items():
+        found = score(scores, f"{name}-probe", "--probe", "true", "--tokenizer", tokenizer,
                       "--data", "Emoji", "--data.split", "held-out", "--reference", "Emoji",
                       "--reference.split", "train")  # fmt: skip
-        print(name, found)
+        for features in ("tokens", "semantic", "pixel", "teacher"):
+            if f"{features}/dim" in found:
+                columns = ("accuracy", "balanced_accuracy", "R@1", "mAP")
+                numbers = " | ".join(f"{100 * found[f'{features}/{c}']:.1f}" for c in columns)
+                print(f"| {name} | {features} | {found[f'{features}/dim']:.0f} | {numbers} |")
+    print("in %; of the picture in 8 x 8 pixels, the majority and chance:", file=sys.stderr)
+    print({k: v for k, v in found.items() if k.startswith(("pixels", "majority", "chance"))},
+          file=sys.stderr)  # fmt: skip
 
     torch.set_num_threads(threads)
     pipelines = {name: opened(folder / pair, new) for name, (pair, new) in ROWS.items()}
@@ -111,18 +121,24 @@ def main(
     image_grid(torch.cat(drawn), 18, list(pipelines)).save(folder / "samples.png")
 
 
-def train(folder: Path, length: list[object]) -> None:
+def prepare(folder: Path) -> None:
+    """Train the CLIP, and make around it the tokenizer that TokenFlow's training starts from."""
     clip, start = folder / "clip", folder / "initial"
     if not clip.exists():
         call(sys.executable, ROOT / "benchmarks/emoji_clip.py", "--output", clip)
     if not start.exists():
         options = [part for k, v in TOKENFLOW.items() for part in (f"--options.{k}", v)]
         vistok("import", "tokenflow", clip / "model.safetensors", "--out", start, *options)
-    train_tokenizer("tokenflow_emoji", folder / "tokenflow", "--initial", start / "tokenizer",
-                    "--loss.teacher.path", clip, *length)  # fmt: skip
-    train_tokenizer("var_emoji", folder / "var", *length)
-    for name in TOKENIZERS:
-        train_generator(f"{name}_emoji", folder / f"{name}-pair", folder / name, *length)
+
+
+def train_pair(folder: Path, name: str, length: list[object]) -> None:
+    """Train a tokenizer, and a generator of its tokens."""
+    options = [*length]
+    if name == "tokenflow":
+        options += ["--initial", folder / "initial/tokenizer"]
+        options += ["--loss.teacher.init_args.path", folder / "clip"]
+    train_tokenizer(f"{name}_emoji", folder / name, *options)
+    train_generator(f"{name}_emoji", folder / f"{name}-pair", folder / name, *length)
 
 
 def timed(pipeline: ImagePipeline, batch: int) -> float:
