@@ -144,8 +144,8 @@ def test_a_new_argument_at_its_default_changes_no_fingerprint(saved, monkeypatch
 
     class LaterFSQ(FSQ):
         @register_to_config
-        def __init__(self, levels, novelty: int = 3):
-            super().__init__(levels)
+        def __init__(self, levels, novelty: int = 3, **rest):
+            super().__init__(levels, **rest)
 
     class LaterConvTokenizer(ConvTokenizer):
         @register_to_config

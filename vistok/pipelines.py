@@ -108,6 +108,7 @@ class ImagePipeline:
     def untrained(self) -> Self:
         """Return a pipeline with the same tokenizer under a generator of fresh weights."""
         fresh = type(self.generator).from_config(self.generator.config)
+        fresh.take_codes(self.tokenizer)
         return type(self)(self.tokenizer, fresh, self.decoding, self.text_encoder)
 
     def save_pretrained(self, path: str | Path, card: str = "") -> None:

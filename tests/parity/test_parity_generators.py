@@ -9,7 +9,16 @@ from official import Case, cases
 
 from vistok.checkpoints.files import rename
 from vistok.checkpoints.llamagen import HEADS, RULES, generator
-from vistok.decoding import Decoding, Order, Sampling, Schedule, StoredNoise, decode, probabilities
+from vistok.decoding import (
+    Corrected,
+    Decoding,
+    Order,
+    Sampling,
+    Schedule,
+    StoredNoise,
+    decode,
+    probabilities,
+)
 from vistok.generators import Captions, LlamaGen
 
 UNCOMPARED = {
@@ -374,8 +383,8 @@ def test_nar(folder):
             trace=trace,
             noise=noise,
             temperature=0 if stored is None else run["temperature"],
-            top_k=0 if stored is None else run["top_k"],
-            top_p=1.0 if stored is None else run["top_p"],
+            top_k=Corrected(0 if stored is None else run["top_k"]),
+            top_p=Corrected(1.0 if stored is None else run["top_p"]),
         )
         for t, logits in enumerate(guided_logits(model, trace, len(condition), scales)):
             case.compare(f"gen.{name}.step{t:02}.logits", logits)

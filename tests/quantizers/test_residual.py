@@ -121,7 +121,7 @@ def test_a_shared_codebook_of_averages_takes_one_step_per_layer(latents):
 
 
 def test_first_codebooks_are_made_layer_by_layer(latents):
-    quantizer = Residual(EMAVQ(21, 4, decay=1.0, kmeans=1), 2)
+    quantizer = Residual(EMAVQ(21, 4, kmeans=1), 2)
     quantizer.update(latents)  # as many codes as latents: nothing is left for the second layer
     codebook = quantizer.each[1].codebook
     torch.testing.assert_close(codebook, torch.zeros_like(codebook), atol=1e-3, rtol=0)

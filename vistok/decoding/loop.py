@@ -24,11 +24,11 @@ RENAMED = {"budget": "steps"}  # settings of older checkpoints
 
 @runtime_checkable
 class Plannable(Protocol):
-    """What every loop asks of a generator; see `vistok.generators.Generator`."""
+    """What every loop asks of a generator; see `vistok.generators.Generator`. Beside it `head`,
+    which is left out here: a module's parts are no attributes to those who ask its class."""
 
     spec: TokenSpec
     decoded: TokenSpec
-    head: object
 
     def plan(self, order: Order | None = None) -> Plan | MaskedPlan: ...
     def with_null(self, condition: object) -> object: ...

@@ -143,9 +143,12 @@ class Tokenizer(Model):
             raise UserError(f"{type(self).__name__} makes {self.spec}, which decode as a whole")
         known = [length for length in self.spec.lengths if length <= tokens.shape[1]]
         if lengths.shape != tokens.shape[:1] or not set(lengths.tolist()) <= set(known):
+            numbers = f"of {', '.join(map(str, known))}"
+            if isinstance(self.spec.lengths, range):
+                numbers = f"from 1 to {known[-1]}"
             raise UserError(
-                f"{type(self).__name__}: lengths {tuple(lengths.shape)} must be one number from "
-                f"{known[0]} to {known[-1]} that decodes for each of {len(tokens)} images"
+                f"{type(self).__name__}: lengths {tuple(lengths.shape)} must be one number "
+                f"{numbers} for each of {len(tokens)} images"
             )
 
 
