@@ -70,6 +70,7 @@ def main(
     tokenizer, model = (half.to(device) for half in models_of(sizes, scales))
     where, clock = f"CPU ({torch.backends.cpu.get_cpu_capability()})", time.process_time
     if model.device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # images of both sides are compared
         where, clock = torch.cuda.get_device_name(), time_of_device
     print(
         f"{where}, float32, {threads} thread(s): time of a batch, medians of {repeats}; "

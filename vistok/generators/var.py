@@ -187,12 +187,12 @@ class VAR(NextScale):
     def conditioned(
         self, condition: Int64[Tensor, "b"]
     ) -> tuple[Float[Tensor, "b 1 *six d"], Modulation]:
-        """Return what blocks are modulated by, and the modulation of the head: scale and shift."""
+        """Return what blocks are modulated by, and the modulation of the head: factor and shift."""
         by = self.condition(condition)
-        head = self.head_modulation(F.silu(by)).chunk(2, dim=-1)
+        scale, shift = self.head_modulation(F.silu(by)).chunk(2, dim=-1)
         if self.modulation is not None:
             by = self.modulation(F.silu(by)).unflatten(-1, (6, -1))
-        return by, head
+        return by, (1 + scale, shift)
 
     def transformer(
         self, x: Float[Tensor, "b r d"], by: Sequence[Tensor | Modulation], **attention

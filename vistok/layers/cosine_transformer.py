@@ -1,8 +1,9 @@
 """The block of VAR (Tian et al., 2024, arXiv:2404.02905): attention by cosines and an MLP under
 layer norms without weights, modulated as in DiT (Peebles and Xie, 2022, arXiv:2212.09748).
 
-A modulation is six numbers for each channel: gates of attention and MLP, their scales, their
-shifts. It depends on the condition alone, so that samplers make it beforehand.
+A modulation is six numbers for each channel: gates of attention and MLP, factors of what these read
+(a model puts out their difference from one), and shifts. It depends on the condition alone, so that
+samplers make it beforehand.
 """
 
 import math
@@ -78,20 +79,23 @@ class CosineBlock(nn.Module):
         self.drop_path, self.eps = drop_path, eps
 
     def modulate(self, by: Float[Tensor, "b 1 d"] | Float[Tensor, "b 1 6 d"]) -> Modulation:
-        """`by` is the condition or, of shared blocks, the shared modulation."""
+        """Return the two gates, the factors and the shifts. `by` is the condition or, of shared
+        blocks, the shared modulation."""
         if self.modulation_table is not None:
-            return (by + self.modulation_table).unbind(-2)
-        return self.modulation(F.silu(by)).chunk(6, dim=-1)
+            gates, scales, shifts = (by + self.modulation_table).split(2, dim=-2)
+        else:
+            gates, scales, shifts = self.modulation(F.silu(by)).unflatten(-1, (6, -1)).split(2, -2)
+        return (*gates.unbind(-2), *(1 + scales).unbind(-2), *shifts.unbind(-2))
 
     def forward(
         self, x: Float[Tensor, "b r d"], by: Tensor | Modulation, **attention
     ) -> Float[Tensor, "b r d"]:
         """`by` is as of `modulate`, or what that has made of it beforehand."""
         modulation = self.modulate(by) if isinstance(by, Tensor) else by
-        gate, mlp_gate, scale, mlp_scale, shift, mlp_shift = modulation
-        branch = self.attention(modulated(x, scale, shift, self.eps), **attention)
+        gate, mlp_gate, factor, mlp_factor, shift, mlp_shift = modulation
+        branch = self.attention(modulated(x, factor, shift, self.eps), **attention)
         x = torch.addcmul(x, gate, self._dropped(branch))
-        branch = self.fc1(modulated(x, mlp_scale, mlp_shift, self.eps))
+        branch = self.fc1(modulated(x, mlp_factor, mlp_shift, self.eps))
         branch = self.fc2(F.gelu(branch, approximate="tanh"))
         return torch.addcmul(x, mlp_gate, self._dropped(branch))
 
@@ -104,9 +108,9 @@ class CosineBlock(nn.Module):
 
 def modulated(
     x: Float[Tensor, "b r d"],
-    scale: Float[Tensor, "_ 1 d"],
+    factor: Float[Tensor, "_ 1 d"],
     shift: Float[Tensor, "_ 1 d"],
     eps: float,
 ) -> Float[Tensor, "b r d"]:
-    """Return the layer norm of x, scaled and shifted."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+    """Return the layer norm of x, multiplied and shifted."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), factor)

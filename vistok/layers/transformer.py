@@ -65,12 +65,12 @@ class Attention(nn.Module):
         their logit; with `cache`, keys are its rows: all, or with `slots` those before `end`."""
         heads = self.qkv(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
         turned, value = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], 1)
-        if self.q_norm is not None:
-            query, key = turned.split([self.num_heads, self.num_kv_heads], 1)
-            turned = torch.cat([self.q_norm(query), self.k_norm(key)], 1).to(value.dtype)
-        if rotary is not None:
-            turned = rotate(turned, rotary)
         query, key = turned.split([self.num_heads, self.num_kv_heads], 1)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        if rotary is not None:
+            turned = turned if self.q_norm is None else torch.cat([query, key], 1)
+            query, key = rotate(turned, rotary).split([self.num_heads, self.num_kv_heads], 1)
         if cache is not None and slots is not None:
             key, value = cache.write(layer, key, value, slots, end)
         elif cache is not None:
