@@ -154,6 +154,15 @@ class Model(diffusers.ModelMixin, _Configured):
     # diffusers' deprecated access to arguments as attributes would hide submodules of their names.
     __getattr__ = nn.Module.__getattr__
 
+    # diffusers' walk through all modules at each call, which decoding would feel at every pass.
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "Model":
         """Load from a directory or a Hub repository (`subfolder=` inside it).
