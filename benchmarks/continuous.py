@@ -9,7 +9,6 @@ uses random features and compares with no published number.
 
 import operator
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from kept_runs import (
     opened,
     score_reconstruction,
     score_samples,
+    timed,
     train_generator,
     train_tokenizer,
     vistok,
@@ -107,14 +107,6 @@ def train_tokenizers(folder: Path, length: list[object]) -> None:
         if not (folder / f"bridge-{levels}").exists():
             vistok("quantize", "--tokenizer", folder / "kl", "--levels", levels,
                    "--output", folder / f"bridge-{levels}")  # fmt: skip
-
-
-def timed(pipeline: ImagePipeline, batch: int) -> float:
-    """Return the seconds of CPU time that the tokens of a batch take, of the classes in turn."""
-    labels = torch.arange(batch) % len(pipeline.class_names)
-    began = time.process_time()
-    pipeline.sample_tokens(labels, 0, range(batch))
-    return time.process_time() - began
 
 
 def cost(pipeline: ImagePipeline) -> tuple[int, int, int]:

@@ -9,7 +9,6 @@ features and compares with no published number; probes of classes do not depend 
 
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from kept_runs import (
     score,
     score_reconstruction,
     score_samples,
+    timed,
     train_generator,
     train_tokenizer,
     vistok,
@@ -139,14 +139,6 @@ def train_pair(folder: Path, name: str, length: list[object]) -> None:
         options += ["--loss.teacher.init_args.path", folder / "clip"]
     train_tokenizer(f"{name}_emoji", folder / name, *options)
     train_generator(f"{name}_emoji", folder / f"{name}-pair", folder / name, *length)
-
-
-def timed(pipeline: ImagePipeline, batch: int) -> float:
-    """Return the seconds of CPU time that the tokens of a batch take, of the classes in turn."""
-    labels = torch.arange(batch) % len(pipeline.class_names)
-    began = time.process_time()
-    pipeline.sample_tokens(labels, 0, range(batch))
-    return time.process_time() - began
 
 
 if __name__ == "__main__":
