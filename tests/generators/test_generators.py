@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import vistok
+from vistok.commands.info import describe
 from vistok.decoding import (
     Corrected,
     Decoding,
@@ -307,10 +308,15 @@ def test_unfit_specs_and_sizes_are_refused(family):
         tiny(family, spec, **arguments)(torch.zeros(2, 5, 5).long(), torch.zeros(2).long())
 
 
+def test_info_describes_every_plan(model, capsys):
+    describe(model)
+    text = capsys.readouterr().out
+    assert all(f"plan         {order}" in text for order in model.orders)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "order"),
-    [(f, None) for f in (LlamaGen, PAR, NAR, MaskGIT, RAR, VAR)] + [(LlamaGen, "zipar(2)")],
+    ("family", "order"), [*((family, None) for family in EXPORTED), (LlamaGen, "zipar(2)")]
 )
 def test_compiled_decoding_gives_the_eager_tokens(family, order):
     spec, arguments = VARIANTS[family][0]

@@ -47,6 +47,9 @@ def describe_passes(model: Generator, order: str) -> str:
     """Return the passes of an order; of a family of orders, those at both ends."""
     if "(steps" in order:
         return ", as many passes an image"
+    if "(corrections" in order:
+        once, twice = (len(model.plan(Order(order.replace("corrections", n)))) for n in "01")
+        return f", {twice - once} passes more for each"
     if order != "zipar(s)":
         return f", {len(model.plan(Order(order.replace('seed', '0'))))} passes an image"
     width = model.spec.shape[1]
