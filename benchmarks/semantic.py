@@ -96,12 +96,9 @@ def main(
                       "--reference.split", "train")  # fmt: skip
         for features in ("tokens", "semantic", "pixel", "teacher"):
             if f"{features}/dim" in found:
-                columns = ("accuracy", "balanced_accuracy", "R@1", "mAP")
-                numbers = " | ".join(f"{100 * found[f'{features}/{c}']:.1f}" for c in columns)
-                print(f"| {name} | {features} | {found[f'{features}/dim']:.0f} | {numbers} |")
-    print("in %; of the picture in 8 x 8 pixels, the majority and chance:", file=sys.stderr)
-    print({k: v for k, v in found.items() if k.startswith(("pixels", "majority", "chance"))},
-          file=sys.stderr)  # fmt: skip
+                print(probe_row(name, features, found))
+    for baseline in ("pixels", "majority", "chance"):
+        print(probe_row("", baseline, found))
 
     torch.set_num_threads(threads)
     pipelines = {name: opened(folder / pair, new) for name, (pair, new) in ROWS.items()}
@@ -119,6 +116,16 @@ def main(
     classes = torch.arange(18) % 9
     drawn = [pipeline.sample(classes, 0, range(18)) for pipeline in pipelines.values()]
     image_grid(torch.cat(drawn), 18, list(pipelines)).save(folder / "samples.png")
+
+
+def probe_row(name: str, features: str, found: dict[str, float]) -> str:
+    """Return a row in %, without what these features have no score of."""
+    columns = ("accuracy", "balanced_accuracy", "R@1", "mAP")
+    scores = (found.get(f"{features}/{column}") for column in columns)
+    numbers = ["" if score is None else f"{100 * score:.1f}" for score in scores]
+    dim = found.get(f"{features}/dim")
+    cells = (name, features, "" if dim is None else f"{dim:.0f}", *numbers)
+    return f"| {' | '.join(cells)} |"
 
 
 def prepare(folder: Path) -> None:

@@ -118,11 +118,13 @@ def main(
         if tuple(held_out.class_names) != tuple(source.class_names):
             raise UserError(f"validation data {held_out.name} has other classes than {source.name}")
     num_steps = -(-images // batch_size)
+
     net = generator(frozen.spec, list(source.class_names))
     net.take_codes(frozen)
     if initial is not None:
-        start_from(net, initial)
+        net.start_from(Generator.from_pretrained(initial))
     decoding.plan_of(net.to(accelerator.device).train())  # what does not fit is an error here
+
     captions = caption_shape(net)
     if captions is not None:
         for cache in (source, held_out):
@@ -235,15 +237,6 @@ def opened_data(
     cache = TokenCache(data)
     cache.check(tokenizer.fingerprint(), transform)
     return cache
-
-
-def start_from(net: Generator, path: str) -> None:
-    """Take over the weights of the generator at `path`, all of which must fit."""
-    found = Generator.from_pretrained(path).state_dict()
-    own, other = ({(k, v.shape) for k, v in state.items()} for state in (net.state_dict(), found))
-    if unfit := sorted({name for name, _ in own ^ other}):
-        raise UserError(f"--initial {path}: {len(unfit)} tensor(s) do not fit, as {unfit[0]}")
-    net.load_state_dict(found)
 
 
 if __name__ == "__main__":

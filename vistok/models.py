@@ -21,7 +21,7 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
 import vistok
-from vistok.errors import CheckpointError, suggestion
+from vistok.errors import CheckpointError, UserError, suggestion
 from vistok.tokens import TokenSpec
 
 __all__ = ["Component", "Model", "register_to_config"]
@@ -212,6 +212,17 @@ class Model(diffusers.ModelMixin, _Configured):
         """Write `config.json` and safetensors into `save_directory`."""
         self.register_to_config(_format=FORMAT)
         super().save_pretrained(str(save_directory), safe_serialization=True, **kwargs)
+
+    def take_over(self, weights: dict[str, Tensor], source: str) -> None:
+        """Load `weights`, which `source` names in the `UserError` raised if not all fit."""
+        own = {(k, v.shape) for k, v in self.state_dict().items()}
+        unfit = own ^ {(k, v.shape) for k, v in weights.items()}
+        if unfit:
+            raise UserError(
+                f"{type(self).__name__} cannot start from this {source}: "
+                f"{len(unfit)} tensor(s) do not fit, as {min(name for name, _ in unfit)}"
+            )
+        self.load_state_dict(weights)
 
     @torch.no_grad()
     def fingerprint(self) -> str:

@@ -1,5 +1,6 @@
 """The importer of TokenFlow's generator, on random weights in its layout and directory."""
 
+import importlib
 import shutil
 
 import pytest
@@ -7,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from vistok.checkpoints.tokenflow_t2i import directory, generator, paired, read_directory
-from vistok.decoding import Decoding, Order, Schedule
+from vistok.decoding import Corrected, Decoding, Order, Schedule
 from vistok.errors import CheckpointError, UserError
 from vistok.generators import Generator, NextScaleLlama
 from vistok.layers.rotary import rotary_table, rotate
-from vistok.pipelines import ImagePipeline
+from vistok.pipelines import DEFAULT, ImagePipeline
 from vistok.quantizers import VQ, MultiScale
 from vistok.tokenizers import ConvTokenizer
 
@@ -136,6 +137,18 @@ def test_a_directory_gives_images_of_prompts(folders, tmp_path):
     assert Generator.from_pretrained(tmp_path, subfolder="generator").fingerprint() == (
         model.fingerprint()
     )
+
+
+def test_the_command_keeps_how_it_is_sampled_and_what_reads_prompts(folders, tmp_path):
+    path, image = folders
+    command = importlib.import_module("vistok.commands.import")
+    options = {"tokenizer": image, "negative": "bad cat", "prompt_length": 12}
+    settings = {"plan": Order("next_scale(1)"), "top_k": Corrected("9/1"), "top_p": Corrected(0.8)}
+    command.main("tokenflow-t2i", path, str(tmp_path), options, **settings)
+    ConvTokenizer.from_pretrained(image).save_pretrained(tmp_path / "tokenizer")
+    pipeline = ImagePipeline.from_pretrained(tmp_path)
+    assert pipeline.text_encoder == path
+    assert pipeline.decoding == DEFAULT.changed(**settings)
 
 
 def test_directories_that_do_not_fit_are_refused(folders, tmp_path):

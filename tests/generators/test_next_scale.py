@@ -224,3 +224,20 @@ def test_scales_begin_with_one_token():
             NextScaleLlama(TokenSpec.ids(scales, 11), ["a"], **SIZES)
     with pytest.raises(UserError, match="decodes by next_scale"):
         tiny().plan(Order("raster"))
+
+
+def test_codes_are_copies_and_stay_those_of_the_tokenizer():
+    """Neither a model nor the one that it starts from shares or changes the tokenizer's codes."""
+    codes, other = codes_of(), tiny()
+    model = tiny(codes)
+    assert all(p.requires_grad for p in codes.parameters())
+    before = codes.quantizer.embedding.weight.clone()
+    torch.nn.init.normal_(other.codes.quantizer.embedding.weight)
+    torch.nn.init.normal_(model.codes.quantizer.embedding.weight)
+    assert torch.equal(codes.quantizer.embedding.weight, before)
+    kept = model.codes.quantizer.embedding.weight.clone()
+    model.start_from(other)
+    assert torch.equal(model.codes.quantizer.embedding.weight, kept)
+    assert torch.equal(model.position_table, other.position_table)
+    with pytest.raises(UserError, match="do not fit"):
+        model.start_from(tiny(depth=1))

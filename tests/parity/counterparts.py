@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -296,8 +297,8 @@ def residual_lfq(args: dict) -> Counterpart:
     bits, options = binary(args)
     quantizer = ResidualLFQ(bits, layers, **options)
     terms = terms_of_layers(quantizer, used)
-    ids = lambda ids: reverse_bits(ids, bits)  # noqa: E731
-    return projected(Counterpart(quantizer, {}, terms, ids=ids, layers=used), dim)
+    order = partial(reverse_bits, bits=bits)
+    return projected(Counterpart(quantizer, {}, terms, ids=order, layers=used), dim)
 
 
 def open_magvit2(args: dict) -> Counterpart:

@@ -146,3 +146,8 @@ def test_scales_that_do_not_fit_are_refused():
         MultiScale(VQ(20, 3), (1, 3, 2))
     with pytest.raises(IncompatibleTokensError, match="the last scale is 4x5, but latents are 4x4"):
         joint().spec((4, 4))
+
+
+def test_a_single_scale_is_not_dropped():
+    single = MultiScale(VQ(11, 6), [4], 0, jointly=False, scale_dropout=1.0)
+    assert single.train()(torch.randn(2, 4, 4, 6)).ids.shape == (2, 16)

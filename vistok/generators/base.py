@@ -74,6 +74,10 @@ class Generator(Model):
         """Be shown, before training, the tokenizer whose tokens are learned, for families that are
         fed what these stand for. Here: nothing."""
 
+    def start_from(self, other: "Generator") -> None:
+        """Take over the weights of a trained generator, all of which must fit."""
+        self.take_over(other.state_dict(), type(other).__name__)
+
     def plan(self, order: Order | None = None) -> Plan | MaskedPlan:
         """Return the plan of decoding by `order`, by default that of training; raise `UserError`
         for an order that does not fit the model."""

@@ -35,16 +35,22 @@ class NextScale(Generator):
                 f"{type(tokenizer).__name__} does not make: choose a tokenizer whose quantizer is "
                 "MultiScale"
             )
-        self.adopt(deepcopy(codes))
+        self.adopt(codes)
         self.register_to_config(codes=codes)
 
     def adopt(self, codes: MultiScale) -> None:
-        """Be fed by these codes from now on, which are frozen."""
+        """Be fed by a frozen copy of these codes from now on."""
         made = codes.spec(self.spec.shape[-1])
         require_same("the quantizer", made, type(self).__name__, self.spec)
-        if self.codes is None:
+        if self.codes is None or self.codes.dim != codes.dim:
             self.code_embed = self.code_layers(codes.dim).to(self.device, self.dtype)
-        self.codes = codes.requires_grad_(False).to(self.device)
+        self.codes = deepcopy(codes).requires_grad_(False).to(self.device)
+
+    def start_from(self, other: Generator) -> None:
+        """Take over all weights but the codes, which are the tokenizer's."""
+        rest = {k: v for k, v in other.state_dict().items() if not k.startswith("codes.")}
+        own = {f"codes.{k}": v for k, v in self.known_codes.state_dict().items()}
+        self.take_over(rest | own, type(other).__name__)
 
     def code_layers(self, dim: int) -> nn.Module:
         """Return fresh layers from the `dim` channels of codes to the width of the rows."""

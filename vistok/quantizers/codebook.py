@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, library
 
 from vistok.quantizers.base import Quantized, Quantizer, code_statistics
 from vistok.quantizers.estimators import rotated, straight_through
@@ -15,9 +15,9 @@ FEWEST_ROWS = 64  # for which a table is worth reading
 
 class Codebook(Quantizer):
     """Replaces each latent by the nearest row of a table. A subclass sets `vocab_size` and `dim`
-    and says what the rows are (`_codes`) and how they and the latents are trained (`_losses`); it
-    may compare latents on a sphere (`_normalised`), or choose other codes than the nearest
-    (`_choose`).
+    and says what the rows are (`_codes`) and how they and the latents are trained: by the weights
+    `codebook_weight` and `commitment`, or otherwise (`_losses`). It may compare latents on a sphere
+    (`_normalised`), or choose other codes than the nearest (`_choose`).
 
     Attributes: `rotation`, whether a code's gradient passes to its latent by rotation and scaling
     instead of unchanged.
@@ -51,7 +51,10 @@ class Codebook(Quantizer):
         quantised: Float[Tensor, "*positions d"],
         codes: Float[Tensor, "k d"],
     ) -> dict[str, Float[Tensor, ""]]:
-        raise NotImplementedError
+        return {
+            "codebook": self.codebook_weight * F.mse_loss(quantised, latents.detach()),
+            "commitment": self.commitment * F.mse_loss(latents, quantised.detach()),
+        }
 
     def _normalised(self, vectors: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
         """Return vectors in the space of losses and output."""
@@ -97,7 +100,7 @@ def largest(
     return _largest(queries.reshape(-1, keys.shape[1]), keys, bias).view(queries.shape[:-1])
 
 
-@torch.library.custom_op("vistok::largest", mutates_args=())
+@library.custom_op("vistok::largest", mutates_args=())
 def _largest(queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
     # One operation for the compiler, which would unroll the loop.
     held = HELD if queries.device.type == "cpu" else HELD_ON_GPU

@@ -54,14 +54,14 @@ class IBQ(Codebook):
     def forward(self, latents: Float[Tensor, "*positions d"]) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
             latents, codes = latents.float(), self._codes()
-            ids = self._choose(latents.detach(), codes.detach())
+            logits = F.linear(latents, codes) if self.training else None
+            if logits is None:
+                ids = self._choose(latents, codes)
+            else:
+                ids = logits.detach().max(-1).indices
             chosen = quantised = F.embedding(ids, codes)
-            losses = {
-                "commitment": self.commitment * F.mse_loss(latents, chosen.detach()),
-                "codebook": self.codebook_weight * F.mse_loss(chosen, latents.detach()),
-            }
-            if self.training:
-                logits = F.linear(latents, codes)
+            losses = self._losses(latents, chosen, codes)
+            if logits is not None:
                 # Numerically nothing, whose gradient is that of the one-hot code taken for soft.
                 expected = logits.softmax(-1) @ codes.detach()
                 quantised = chosen + (expected - expected.detach())

@@ -184,7 +184,8 @@ class MultiScale(Quantizer):
 
     def _kept(self) -> list[int]:
         kept = list(range(len(self.scales)))
-        if self.training and self.scale_dropout and torch.rand(()) < self.scale_dropout:
+        drops = self.training and self.scale_dropout and len(kept) > 1
+        if drops and torch.rand(()) < self.scale_dropout:
             del kept[int(torch.randint(1, len(kept), ()))]
         return kept
 

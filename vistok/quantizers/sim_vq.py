@@ -46,9 +46,3 @@ class SimVQ(Codebook):
     def _codes(self) -> Float[Tensor, "k d"]:
         with torch.autocast(self.frozen_codebook.device.type, enabled=False):
             return F.linear(self.frozen_codebook.float(), self.code_transform.weight.float())
-
-    def _losses(self, latents: Tensor, quantised: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        return {
-            "codebook": self.codebook_weight * F.mse_loss(quantised, latents.detach()),
-            "commitment": self.commitment * F.mse_loss(latents, quantised.detach()),
-        }

@@ -96,10 +96,7 @@ class VQ(Codebook):
         self.embedding.weight.lerp_(closest.to(self.embedding.weight), replaced.unsqueeze(-1))
 
     def _losses(self, latents: Tensor, quantised: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        losses = {
-            "codebook": self.codebook_weight * F.mse_loss(quantised, latents.detach()),
-            "commitment": self.commitment * F.mse_loss(latents, quantised.detach()),
-        }
+        losses = super()._losses(latents, quantised, codes)
         if self.joint > 0:
             losses["joint"] = self.joint * F.mse_loss(latents, quantised)
         if self.entropy > 0:

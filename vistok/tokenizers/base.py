@@ -103,17 +103,6 @@ class Tokenizer(Model):
         trained in stages say what they take from the stage before."""
         self.take_over(other.state_dict(), type(other).__name__)
 
-    def take_over(self, weights: dict[str, Tensor], source: str) -> None:
-        """Load `weights`, which `source` names in the `UserError` raised if not all fit."""
-        own = {(k, v.shape) for k, v in self.state_dict().items()}
-        unfit = own ^ {(k, v.shape) for k, v in weights.items()}
-        if unfit:
-            raise UserError(
-                f"{type(self).__name__} cannot start from this {source}: "
-                f"{len(unfit)} tensor(s) do not fit, as {min(name for name, _ in unfit)}"
-            )
-        self.load_state_dict(weights)
-
     def changed(self, **arguments) -> "Tokenizer":
         """Return a tokenizer with other `arguments` and the same weights, which all must fit."""
         own = self.revive(self.arguments, type(self).__name__)
