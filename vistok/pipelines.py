@@ -1,7 +1,7 @@
 """ImagePipeline: a tokenizer and a generator behind one diffusers-style call."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vistok.decoding import (
     Decoding,
+    Given,
     MaskedPlan,
     Noise,
     Plan,
@@ -225,7 +226,12 @@ class ImagePipeline:
         return self._sample_tokens(condition, Noise(seed, indices), decoding)
 
     def _sample_tokens(
-        self, condition: Condition, noise: Noise, decoding: Decoding | None
+        self,
+        condition: Condition,
+        noise: Noise,
+        decoding: Decoding | None,
+        on_pass: Callable[[int, Tensor], None] | None = None,
+        given: Given | None = None,
     ) -> Tensor:
         self.generator.condition.check(condition)
         if self.conditioning == "class":
@@ -233,17 +239,20 @@ class ImagePipeline:
         condition = condition.to(self.device)
         decoding = decoding or self.decoding
         plan = decoding.plan_of(self.generator)
+        window = decoding.plan and decoding.plan.adaptive_window
+        if given is not None and (window or isinstance(plan, MaskedPlan)):
+            raise UserError(f"order {decoding.plan or plan.name} keeps no tokens: only a fixed one")
         if isinstance(plan, RandomPlan):
-            return decode_random(self.generator, condition, noise, decoding)
+            return decode_random(self.generator, condition, noise, decoding, on_pass)
         if isinstance(plan, MaskedPlan):
-            return decode_masked(self.generator, condition, noise, decoding)
-        if decoding.plan and decoding.plan.adaptive_window:
-            window = decoding.plan.adaptive_window
-            return decode_adaptively(self.generator, condition, noise, window, decoding)[0]
+            return decode_masked(self.generator, condition, noise, decoding, on_pass)
+        if window:
+            return decode_adaptively(self.generator, condition, noise, window, decoding, on_pass)[0]
         rows = len(condition) * (2 if any(s != 1 for s in decoding.scales(plan)) else 1)
         if (rows, plan) not in self._states:
             self._states = {(rows, plan): self.generator.new_state(rows, plan)}
-        return decode(self.generator, condition, noise, decoding, self._states[rows, plan])
+        state = self._states[rows, plan]
+        return decode(self.generator, condition, noise, decoding, state, on_pass, given)
 
     @torch.inference_mode()
     def sample(
@@ -252,17 +261,21 @@ class ImagePipeline:
         seed: int,
         indices: Sequence[int] | Tensor,
         decoding: Decoding | None = None,
+        on_pass: Callable[[int, Tensor], None] | None = None,
+        given: Given | None = None,
     ) -> Float[Tensor, "b 3 h w"]:
-        """As `sample_tokens`, decoded to images in [0, 1]. Raises `UserError` for images that are
-        not finite, rather than returning them black."""
+        """As `sample_tokens`, decoded to images in [0, 1]; `on_pass(t, tokens)` sees what is
+        decoded after each pass, as the loop of the plan has it, and tokens that are `given` stay,
+        where the positions of each pass are fixed. Raises `UserError` for images that are not
+        finite, rather than returning them black."""
         noise = Noise(seed, indices)  # the tokenizer's decoder draws on where the generator ended
-        tokens = self._sample_tokens(condition, noise, decoding)
-        images = self.tokenizer.decode(tokens, text=self._text_of(condition), noise=noise)
+        tokens = self._sample_tokens(condition, noise, decoding, on_pass, given)
+        images = self.tokenizer.decode(tokens, text=self.text_of(condition), noise=noise)
         if not torch.isfinite(images).all():
             raise UserError(f"images {list(map(int, indices))} of seed {seed} are not finite")
         return images
 
-    def _text_of(self, condition: Condition) -> Float[Tensor, "b l c"] | None:
+    def text_of(self, condition: Condition) -> Float[Tensor, "b l c"] | None:
         """Return what the tokenizer reads of classes, if it decodes with captions."""
         if self.tokenizer.text_shape is None:
             return None

@@ -1,5 +1,7 @@
 """ZipAR's adaptive window against raster order, its bound on passes, and the rule it tests by."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -46,6 +48,19 @@ def test_images_depend_on_their_own_number_alone():
     assert passes[1] == one[0]
     assert all(12 + 3 * 3 <= count <= 30 for count in passes)
     assert ((together >= 0) & (together < 7)).all()
+
+
+def test_passes_are_seen_as_they_end():
+    seen = []
+    tokens, passes = decode_adaptively(
+        tiny(), LABELS, Noise(4, range(3)), 2, Decoding(), lambda t, x: seen.append((t, x.clone()))
+    )
+    assert [t for t, _ in seen] == list(range(sum(passes)))
+    for (_, before), (_, after) in pairwise(seen):
+        known = before >= 0
+        assert known.sum() <= (after >= 0).sum()
+        assert torch.equal(before[known], after[known])
+    assert torch.equal(seen[-1][1].view_as(tokens), tokens)
 
 
 def test_greedy_decoding_is_defined():

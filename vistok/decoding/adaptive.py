@@ -7,6 +7,7 @@ released code has fixed windows only, which are plans (`vistok.Order("zipar(16)"
 depend on what was drawn, so that images are decoded one by one and the host waits at each pass.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,21 +33,33 @@ class Start:
 
 @torch.inference_mode()
 def decode_adaptively(
-    generator: Steppable, condition: object, noise: Noise, window: int, decoding: Decoding
+    generator: Steppable,
+    condition: object,
+    noise: Noise,
+    window: int,
+    decoding: Decoding,
+    on_pass: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Int64[Tensor, "b h w"], list[int]]:
     """Decode a batch, (B, h, w), by a model of raster order; also return each image's passes, at
-    least 2w + (h - 2)(window + 1). `decoding.plan` is not read."""
+    least 2w + (h - 2)(window + 1). `decoding.plan` is not read. `on_pass(t, tokens)` sees the
+    tokens (B, N) after each pass, of whichever image, -1 where there are none yet."""
     height, width = generator.spec.shape
     draws = noise.uniform(height * width).to(condition.device)
     tests = noise.uniform(height, width, 2).to(condition.device)
     guided = any(scale != 1 for scale in decoding.scales(generator.plan()))
     state = generator.new_state(1 + guided, generator.plan(Order("zipar(1)")))
-    decoded = []
+    decoded = torch.full((len(condition), height * width), -1, device=condition.device)
+    counts = []
     for i in range(len(condition)):
         one = condition[i : i + 1]
         one = generator.with_null(one) if guided else one
-        decoded.append(_decode_one(generator, one, draws[i], tests[i], window, decoding, state))
-    return torch.stack([tokens for tokens, _ in decoded]), [passes for _, passes in decoded]
+        passes = _decode_one(generator, one, draws[i], tests[i], window, decoding, state)
+        for t, tokens in enumerate(passes):
+            decoded[i] = tokens
+            if on_pass is not None:
+                on_pass(sum(counts) + t, decoded)
+        counts.append(t + 1)
+    return decoded.view(len(condition), height, width), counts
 
 
 def _decode_one(
@@ -57,10 +70,11 @@ def _decode_one(
     window: int,
     decoding: Decoding,
     state: object,
-) -> tuple[Int64[Tensor, "h w"], int]:
+) -> Iterator[Int64[Tensor, "n"]]:
+    """Yield the tokens after each pass."""
     height, width = generator.spec.shape
     state.reset()
-    tokens = torch.zeros(len(condition), height * width, dtype=torch.long, device=draws.device)
+    tokens = torch.full((len(condition), height * width), -1, device=draws.device)
 
     def distributions(fed: Pass) -> Float[Tensor, "s v"]:
         fraction = sum(produced) / (height * width)
@@ -74,14 +88,13 @@ def _decode_one(
         (first,) = distributions(fed)
         tokens[:, produced[0]] = inverse_cdf(first, draws[produced[0]])
         produced[0] += 1
+        yield tokens[0]
 
     starts: dict[int, Start] = {}
     flushed: set[int] = set()  # rows whose true last token has been fed
-    passes = width
     while produced[-1] < width:
         fed, rows = _next_pass(produced, flushed, window, generator.plan())
         complete = [count == width for count in produced]
-        passes += 1
         for row, now in zip(rows, distributions(fed), strict=True):
             cell = row * width + produced[row]
             is_last_chance = produced[row] > 0 or complete[row - 1]
@@ -95,7 +108,7 @@ def _decode_one(
             if accepted or is_last_chance:
                 tokens[:, cell] = token
                 produced[row] += 1
-    return tokens[0].view(height, width), passes
+        yield tokens[0]
 
 
 def sharpened(logits: Float[Tensor, "s v"], sampling: Sampling) -> Float[Tensor, "s v"]:
