@@ -11,11 +11,11 @@ ROOT = Path(vistok.__file__).parent
 
 # From the ground up; a module may import its own floor's packages where `beside` says so.
 FLOORS = [
-    {"errors", "files", "launch", "tokens", "layers", "models"},
+    {"errors", "files", "launch", "roofline", "tokens", "layers", "models"},
     {"quantizers", "heads", "decoding", "losses", "data", "metrics"},
     {"tokenizers", "generators"},
     {"checkpoints", "codec", "images", "pipelines", "text"},
-    {"curves", "training"},
+    {"curves", "speed", "training"},
     {"cli", "commands"},
 ]
 FORBIDDEN = {("tokenizers", "generators"), ("generators", "tokenizers")}
