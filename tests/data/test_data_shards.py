@@ -116,7 +116,7 @@ def test_patterns(tmp_path):
         (tmp_path / name).touch()
 
     def found(pattern: str) -> list[str]:
-        return [path.name for path in expand(f"{tmp_path}/{pattern}")]
+        return [shard.path.name for shard in expand(f"{tmp_path}/{pattern}")]
 
     assert found("a-{08..10}.tar") == names[:3]
     assert found("{b,a}-08.tar") == ["b-08.tar", "a-08.tar"]
@@ -124,7 +124,9 @@ def test_patterns(tmp_path):
     assert found("a-*.tar") == names[:3]
     assert found("b-08.tar") == ["b-08.tar"]
     for pattern in ("a-{08..11}.tar", "c*.tar", "c.tar"):
-        with pytest.raises(UserError, match=r"no file .*; expected local or mounted tar files"):
+        with pytest.raises(
+            UserError, match=r"no file .*; expected local or mounted tar files, or a URL"
+        ):
             found(pattern)
 
 

@@ -1,12 +1,10 @@
 """Tar shards in webdataset's layout, read with random access.
 
 The index of `tar_index.py` makes a sample one seek and one read, an epoch a permutation and resume
-an integer. Files are local or on a mounted file system.
+an integer. Shards are files, or objects of a store that are read by ranges (`storage.py`).
 """
 
-import glob
 import io
-import os
 import re
 from pathlib import Path
 
@@ -16,21 +14,23 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from vistok.data.sources import BrokenSampleError, ImageSource, Sample, read_image
-from vistok.data.tar_index import Fields, load_or_scan, read_span, version
+from vistok.data.storage import Shard, find
+from vistok.data.tar_index import Fields, load_or_scan
 from vistok.errors import UserError
 
 WINDOW = 16  # shards whose samples are shuffled together
 
 
 class TarShards(ImageSource):
-    """Samples of the tar files that `pattern` names, as in `train-{000000..000012}.tar` or `*.tar`.
+    """Samples of the tar files that `pattern` names, as in `train-{000000..000012}.tar`, `*.tar` or
+    `s3://bucket/train-{000..999}.tar`.
 
     Members with the same path up to the first dot of the base name form a sample; what follows the
     dot names the field. `image_field` and `label_field` are guessed where that is unambiguous: one
     of jpg, jpeg, png, webp; cls, else the key "label" of json. A label under another key is written
     `json:KEY`; `none` gives every sample class 0. Captions come from txt or caption, else from the
     class. `num_classes` defaults to the highest label plus one. `index` is a directory for the
-    index files (default: hidden beside each shard).
+    index files (default: hidden beside each shard; shards of a store need one).
 
     Raises `UserError`, naming shard and sample, for a truncated or compressed archive, a pickle
     member, fields that are missing or ambiguous, a label out of range. Links and devices are left
@@ -47,7 +47,7 @@ class TarShards(ImageSource):
     ):
         self.name = pattern
         self.shards = expand(pattern)
-        self._versions = [version(shard.stat()) for shard in self.shards]
+        self._versions = [shard.version() for shard in self.shards]
         fields = Fields(image_field, label_field)
         indices = [load_or_scan(shard, fields, index) for shard in self.shards]
         self._keys = [shard.keys for shard in indices]
@@ -73,12 +73,9 @@ class TarShards(ImageSource):
         position = range(len(self))[index]  # as sequences check and count indices
         shard, key = self._locate(position)
         where = f"{self.shards[shard]}: {key}"
-        spans = self._images[position], self._captions[position]
+        spans = [tuple(of[position].tolist()) for of in (self._images, self._captions)]
         try:
-            with self.shards[shard].open("rb") as file:
-                if version(os.fstat(file.fileno())) != self._versions[shard]:
-                    raise UserError(f"{self.shards[shard]}: was replaced while in use; start again")
-                picture, caption = (read_span(file, span) for span in spans)
+            picture, caption = self.shards[shard].read(spans, self._versions[shard])
         except OSError as error:
             raise BrokenSampleError(f"{where}: cannot be read ({error})") from error
         label = int(self._labels[position])
@@ -110,8 +107,8 @@ class TarShards(ImageSource):
         return shard, self._keys[shard][row].decode("utf-8", "replace")
 
 
-def expand(pattern: str) -> list[Path]:
-    """Return the files that a pattern with `{000..012}`, `{a,b}`, `*` and `?` names, in order.
+def expand(pattern: str) -> list[Shard]:
+    """Return the shards that a pattern with `{000..012}`, `{a,b}`, `*` and `?` names, in order.
 
     Raises `UserError` where one that is spelt out is missing, or nothing matches.
     """
@@ -124,10 +121,9 @@ def expand(pattern: str) -> list[Path]:
             choices = listed.split(",")
         head, tail = pattern[: brace.start()], pattern[brace.end() :]
         return [path for choice in choices for path in expand(head + choice + tail)]
-    if glob.has_magic(pattern):
-        found = [Path(path) for path in sorted(glob.glob(pattern))]
-    else:
-        found = [Path(pattern)] if Path(pattern).is_file() else []
+    found = find(pattern)
     if not found:
-        raise UserError(f"tar shards: no file {pattern}; expected local or mounted tar files")
+        raise UserError(
+            f"tar shards: no file {pattern}; expected local or mounted tar files, or a URL"
+        )
     return found

@@ -123,8 +123,13 @@ def index_path(data: Path, directory: str | Path | None, suffix: str) -> Path:
     data = data.resolve()
     if directory is None:
         return data.with_name(f".{data.name}.index{suffix}")
-    digest = hashlib.blake2b(str(data).encode("utf-8", "surrogateescape"), digest_size=6)
-    return Path(directory) / f"{data.name}-{digest.hexdigest()}.index{suffix}"
+    return index_in(directory, str(data), suffix)
+
+
+def index_in(directory: str | Path, data: str, suffix: str) -> Path:
+    """Return where in `directory` the index of a path or URL is kept."""
+    digest = hashlib.blake2b(data.encode("utf-8", "surrogateescape"), digest_size=6)
+    return Path(directory) / f"{data.rsplit('/', 1)[-1]}-{digest.hexdigest()}.index{suffix}"
 
 
 def keep_index(path: Path, write: Callable[[Path], None]) -> None:

@@ -7,17 +7,17 @@ unpickled.
 
 import json
 import logging
-import os
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BufferedIOBase
+from io import IOBase
 from pathlib import Path
 
 import numpy as np
 
-from vistok.data.sources import index_path, keep_index
+from vistok.data.sources import keep_index
+from vistok.data.storage import NOTHING, Shard, Span, read_span
 from vistok.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -27,9 +27,6 @@ IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 CAPTION_FIELDS = ("txt", "caption")
 PICKLES = frozenset({"pyd", "pkl", "pickle", "pth", "pt"})
 MAX_CLASSES = 2**20
-
-Span = tuple[int, int]  # offset and size in the shard, in bytes
-NOTHING: Span = (0, -1)
 
 
 @dataclass(frozen=True)
@@ -50,25 +47,11 @@ class ShardIndex:
     labels: np.ndarray  # (n,)
 
 
-def version(status: os.stat_result) -> list[int]:
-    """Return what changes when a file is replaced."""
-    return [status.st_size, status.st_mtime_ns]
-
-
-def read_span(file: BufferedIOBase, span: Span | np.ndarray) -> bytes | None:
-    """Read the bytes of a member; None for `NOTHING`."""
-    offset, size = map(int, span)
-    if size < 0:
-        return None
-    file.seek(offset)
-    return file.read(size)
-
-
-def load_or_scan(shard: Path, fields: Fields, directory: str | Path | None) -> ShardIndex:
+def load_or_scan(shard: Shard, fields: Fields, directory: str | Path | None) -> ShardIndex:
     """Return the index of `shard` from its file in `directory` (default: beside the shard), or scan
     the shard and write that file."""
-    header = json.dumps([FORMAT, *version(shard.stat()), fields.image, fields.label])
-    place = index_path(shard, directory, ".npz")
+    header = json.dumps([FORMAT, *shard.version(), fields.image, fields.label])
+    place = shard.index_path(directory)
     try:
         with np.load(place, allow_pickle=False) as saved:
             if str(saved["header"]) == header:
@@ -88,12 +71,12 @@ def load_or_scan(shard: Path, fields: Fields, directory: str | Path | None) -> S
     return index
 
 
-def scan(shard: Path, fields: Fields) -> ShardIndex:
+def scan(shard: Shard, fields: Fields) -> ShardIndex:
     """Read the headers of a shard and the labels of its samples; raises `UserError` for an archive
     or a sample that is not whole."""
     keys, images, captions, labels = [], [], [], []
-    with shard.open("rb") as file:
-        for key, sample in _samples(shard):
+    with shard.open() as file:
+        for key, sample in _samples(shard, file):
             where = f"{shard}: {key}"
             caption = next((field for field in CAPTION_FIELDS if field in sample), None)
             keys.append(key.encode("utf-8", "surrogateescape"))
@@ -108,20 +91,20 @@ def scan(shard: Path, fields: Fields) -> ShardIndex:
     )
 
 
-def _members(shard: Path) -> Iterator[tuple[str, Span]]:
+def _members(shard: Shard, file: IOBase) -> Iterator[tuple[str, Span]]:
     """Yield (name, span) of the regular files of a whole, uncompressed tar."""
     ignored = 0
     try:
         # Mode "r:" refuses compressed archives, which have no offsets to seek to.
-        with tarfile.open(shard, "r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 if member.isreg() and not member.issparse():
                     yield member.name, (member.offset_data, member.size)
                 elif not member.isdir():
                     ignored += 1
             # tarfile takes a cut between two members, or inside a header, for the end.
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError("the end-of-archive mark is missing: truncated?")
     except (tarfile.TarError, ValueError) as error:
         raise UserError(f"{shard}: not a whole, uncompressed tar file ({error})") from error
@@ -129,11 +112,11 @@ def _members(shard: Path) -> Iterator[tuple[str, Span]]:
         logger.warning("%s: %d links, devices or sparse files left out", shard, ignored)
 
 
-def _samples(shard: Path) -> Iterator[tuple[str, dict[str, Span]]]:
+def _samples(shard: Shard, file: IOBase) -> Iterator[tuple[str, dict[str, Span]]]:
     """Gather consecutive members of one key into samples {field: span}, as webdataset does: the key
     is the path up to the first dot of the base name, the field what follows, in lower case."""
     current, sample, seen = None, {}, set()
-    for name, span in _members(shard):
+    for name, span in _members(shard, file):
         folder, _, base = name.rpartition("/")
         stem, dot, field = base.partition(".")
         field = field.lower()
@@ -166,7 +149,7 @@ def _choose(given: str | None, known: Sequence[str], sample: dict[str, Span], wh
     return fitting[0]
 
 
-def _label(wanted: str | None, sample: dict[str, Span], file: BufferedIOBase, where: str) -> int:
+def _label(wanted: str | None, sample: dict[str, Span], file: IOBase, where: str) -> int:
     if wanted == "none":
         return 0
     given, _, key = (wanted or "").partition(":")
