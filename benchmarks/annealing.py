@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vistok.cli import run
 from vistok.decoding import (
     Decoding,
     Noise,
@@ -29,6 +28,7 @@ from vistok.decoding import (
 )
 from vistok.generators import MAR, XAR, Generator
 from vistok.heads import DiffusionHead
+from vistok.options import run
 from vistok.tokens import TokenSpec
 
 LATEST = Sampler("ddpm(950)")  # of MAR

@@ -22,9 +22,9 @@ from kept_runs import (
     vistok,
 )
 
-from vistok.cli import run
 from vistok.decoding import Sampler, Schedule
 from vistok.images import image_grid
+from vistok.options import run
 from vistok.pipelines import ImagePipeline
 
 LEVELS = (8, 16, 32, 64)  # of digits, as in TokenBridge's table 1

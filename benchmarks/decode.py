@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vistok.cli import run
 from vistok.decoding import Decoding, Noise, Order, Plan, Schedule, decode
 from vistok.generators import NAR, LlamaGen
+from vistok.options import run
 from vistok.tokens import TokenSpec
 
 ORDERS = tuple(map(Order, ("raster", "zipar(4)", "par(4)", "nar")))

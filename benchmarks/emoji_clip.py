@@ -18,8 +18,8 @@ from torch.nn.functional import cross_entropy, normalize
 from torch.utils.data import DataLoader
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from vistok.cli import run
 from vistok.data import Emoji, EvaluationImages, Images, Stream, Transform, make_loader
+from vistok.options import run
 
 LONGEST = 16  # words of a name, with its end
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kept_runs import ROOT, call, train_tokenizer
 
-from vistok.cli import run
+from vistok.options import run
 from vistok.tokenizers import Tokenizer
 
 TAIL_DROP = {"with": "uniform(1,64,sample)", "without": "null"}

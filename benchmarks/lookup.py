@@ -13,8 +13,8 @@ import time
 import torch
 from torch import Tensor
 
-from vistok.cli import run
 from vistok.errors import UserError
+from vistok.options import run
 from vistok.quantizers import EMAVQ
 
 

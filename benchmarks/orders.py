@@ -15,9 +15,9 @@ import torch
 from kept_runs import ROOT, opened, score_samples, train_generator
 from torch import Tensor
 
-from vistok.cli import run
 from vistok.decoding import Order
 from vistok.images import image_grid
+from vistok.options import run
 from vistok.pipelines import ImagePipeline
 
 TOKENIZER = ROOT / "assets/emoji/tokenizer"

@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.cli import run
 from vistok.decoding import Decoding, Noise, Order, Schedule, decode, decode_masked
 from vistok.generators import RAR, MaskGIT
 from vistok.generators.rar import CONDITION_ROWS, EPS, RARBlock
+from vistok.options import run
 from vistok.quantizers import VQ
 from vistok.tokenizers import TiTok, TwoStageTiTok
 from vistok.tokenizers.maskgit_vqgan import Decoder, ResidualBlock

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from vistok.checkpoints.mar import generator as import_mar
 from vistok.checkpoints.xar import generator as import_xar
-from vistok.cli import run
 from vistok.decoding import Decoding, Noise, Order, Sampler, Schedule, decode, decode_random
+from vistok.options import run
 
 CLASSES, CHANNELS, BUFFER = 1000, 16, 64
 FEATURES, EPS = 256, 1e-6  # of embedded times, and of all norms

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from released import linear, measured
 from torch import Tensor, nn
 
-from vistok.cli import run
 from vistok.decoding import Corrected, Decoding, Noise, Schedule, decode
 from vistok.generators import VAR
 from vistok.layers.conv import Decoder
 from vistok.layers.cosine_transformer import SHARPEST, CosineBlock
+from vistok.options import run
 from vistok.quantizers import VQ, MultiScale
 from vistok.tokenizers import ConvTokenizer
 

@@ -25,9 +25,9 @@ from kept_runs import (
     vistok,
 )
 
-from vistok.cli import run
 from vistok.decoding import Order
 from vistok.images import image_grid
+from vistok.options import run
 from vistok.pipelines import ImagePipeline
 
 # Arguments of the tokenizer of configs/tokenizers/tokenflow_emoji.yaml, to be made around a CLIP.

@@ -3,8 +3,8 @@
 accelerate launch --num_processes 8 sample/evaluate.py ...
 """
 
-from vistok.cli import run
 from vistok.commands.evaluate import main
+from vistok.options import run
 
 if __name__ == "__main__":
     run(main)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from vistok.cli import parser_of
+from vistok.options import parser_of
 from vistok.tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from vistok import TokenSpec, cli
+from vistok import TokenSpec, options
 from vistok.data import (
     HeldOut,
     Images,
@@ -143,7 +143,7 @@ def main(
     shard_like_model(accelerator, ema)
     window = Window(accelerator)
     state = TrainingState({"generator": model}, {"generator": adam}, ema, window)
-    checkpoints = Checkpoints(accelerator, Path(output), cli.resolved_config(), run.keep)
+    checkpoints = Checkpoints(accelerator, Path(output), options.resolved_config(), run.keep)
 
     @torch.no_grad()
     def tokens_of(batch: dict[str, Tensor]) -> Tensor:
@@ -240,4 +240,4 @@ def opened_data(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    options.run(main)

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from PIL import Image
 from torch import Tensor
 
-from vistok import TokenSpec, cli
+from vistok import TokenSpec, options
 from vistok.data import EvaluationImages, Images, ImageSource, Stream, Transform, make_loader
 from vistok.decoding import Noise
 from vistok.errors import UserError
@@ -119,7 +119,7 @@ def main(
 
     window = Window(accelerator, tokenizer.spec.vocab_size)
     state = TrainingState(models, optimizers, ema, window)
-    checkpoints = Checkpoints(accelerator, Path(output), cli.resolved_config(), run.keep)
+    checkpoints = Checkpoints(accelerator, Path(output), options.resolved_config(), run.keep)
     num_steps = -(-images // batch_size)
     size = tokenizer.image_size[0]
     stream = Stream(Images(data, Transform(transform, size)), seed)
@@ -237,4 +237,4 @@ def shorter_lengths(spec: TokenSpec) -> list[int]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    options.run(main)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
-from vistok import Generator, cli
+from vistok import Generator
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "training"))
@@ -45,7 +45,7 @@ def train_alone(output: Path, data: Squares) -> None:
 def out(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("two-processes")
     patch = pytest.MonkeyPatch()
-    patch.setattr(cli, "resolved_config", dict)
+    patch.setattr("vistok.options.resolved_config", dict)
     reads = {"whole": Squares(), "first part": Squares(stop_after=10), "third part": Squares()}
     train_alone(out / "whole", reads["whole"])
     train_alone(out / "parts", reads["first part"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate.commands.launch import launch_command_parser
 from pages import ROOT
 
-from vistok import cli
+from vistok import options as command_options
 
 STARTERS = ("vistok", "python", "accelerate")
 
@@ -40,7 +40,7 @@ def check(words: list[str]) -> None:
         if name in ("-h", "--help"):
             return
         main = _module(f"vistok.commands.{name.replace('-', '_')}")
-        arguments = cli._named(rest, main)
+        arguments = rest
     elif words[1] == "-m" and words[2].startswith("vistok."):
         main, arguments = _module(words[2]), words[3:]
     elif words[1].endswith(".py"):
@@ -81,4 +81,4 @@ def _script(path: str) -> Callable:
 
 @lru_cache
 def _parser(main: Callable):
-    return cli.parser_of(main, "command")
+    return command_options.parser_of(main, "command")

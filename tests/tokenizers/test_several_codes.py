@@ -4,9 +4,9 @@ import pytest
 import torch
 import yaml
 
-from vistok.cli import parser_of
 from vistok.codec import Codec, dumps, loads
 from vistok.images import to_pil
+from vistok.options import parser_of
 from vistok.tokenizers import Tokenizer
 
 QUANTIZERS = {

@@ -4,13 +4,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from vistok import cli
-
 
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch):
     """Each run starts as in a process of its own."""
-    monkeypatch.setattr(cli, "resolved_config", dict)
+    monkeypatch.setattr("vistok.options.resolved_config", dict)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 from tiny_runs import Squares, latest, quick, tiny_tokenizer, train_generator, train_tokenizer
 
-from vistok import ConvTokenizer, Generator, LlamaGen, cli
+from vistok import ConvTokenizer, Generator, LlamaGen
 from vistok.data import BrokenSampleError, TokenCacheHeader, TokenCacheWriter, Transform
 from vistok.errors import UserError
 from vistok.training import OptimizerConfig, run, stopping
@@ -48,7 +48,7 @@ def test_a_finished_run_is_left_alone(tmp_path, caplog):
 
 def test_changed_options_are_named(tmp_path, monkeypatch):
     options = {"images": 16, "batch_size": 8, "output": "a", "run": {"keep": 2}}
-    monkeypatch.setattr(cli, "resolved_config", lambda: options)
+    monkeypatch.setattr("vistok.options.resolved_config", lambda: options)
     train_tokenizer(tmp_path, steps=2)
     options = {**options, "images": 24, "output": "b", "resume": True, "run": {"keep": 3}}
     with pytest.raises(

@@ -19,12 +19,12 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from vistok.cli import resolved_config
 from vistok.data import shard_range
 from vistok.decoding import DecodingOptions
 from vistok.errors import UserError
 from vistok.files import replaced
 from vistok.images import image_grid, to_pil
+from vistok.options import resolved_config
 from vistok.pipelines import ImagePipeline
 
 MAX_ROWS = 100  # of the grid
