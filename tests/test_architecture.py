@@ -16,7 +16,8 @@ FLOORS = [
     {"tokenizers", "generators"},
     {"checkpoints", "codec", "images", "pipelines", "text"},
     {"curves", "speed", "training"},
-    {"cli", "commands"},
+    {"compare"},
+    {"cli", "commands", "options", "train"},
 ]
 FORBIDDEN = {("tokenizers", "generators"), ("generators", "tokenizers")}
 MODEL_FREE = {"decoding", "data", "metrics"}  # these know no model, not even the base

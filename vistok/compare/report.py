@@ -1,0 +1,156 @@
+"""The report of a comparison: one HTML page, a CSV, and two plots of quality."""
+
+import base64
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import jinja2
+
+from vistok.files import replaced
+from vistok.metrics import Protocol
+
+PAGE, TABLE, PICTURES = "report.html", "report.csv", "pictures"
+PLOTS = {"quality-passes.png": "passes", "quality-tokens.png": "tokens"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """What the report says of one row.
+
+    Args:
+        system: name of the row
+        tokenizer: class of the tokenizer, and what it makes of an image
+        generator: class of the generator
+        decoding: order and schedules
+        tokenizer_parameters: weights of the tokenizer
+        generator_parameters: weights of the generator
+        tokens: of an image
+        bytes: of an image's tokens; none for latents
+        passes: of the generator for an image
+        evaluations: calls, one after another, of the networks that draw an image's tokens
+        images_per_second: of tokens, without the tokenizer's decoder
+        psnr: of reconstructions, dB
+        rfid: of reconstructions
+        fid: of samples
+        inception_score: of samples
+        note: a word on what this is
+    """
+
+    system: str
+    tokenizer: str
+    generator: str
+    decoding: str
+    tokenizer_parameters: int
+    generator_parameters: int
+    tokens: int
+    bytes: float | None
+    passes: int
+    evaluations: int
+    images_per_second: float
+    psnr: float
+    rfid: float
+    fid: float
+    inception_score: float
+    note: str = ""
+
+
+# Column, its heading, how its numbers are shown, and which end is the better one, if any.
+COLUMNS = {
+    "rfid": ("rFID", "{:.1f}", min),
+    "psnr": ("PSNR, dB", "{:.1f}", max),
+    "fid": ("FID", "{:.1f}", min),
+    "inception_score": ("IS", "{:.2f}", max),
+    "tokens": ("tokens", "{:,}", None),
+    "bytes": ("bytes", "{:g}", None),
+    "passes": ("passes", "{:,}", None),
+    "evaluations": ("network calls", "{:,}", None),
+    "images_per_second": ("images/s", "{:.3g}", max),
+    "tokenizer_parameters": ("weights of the tokenizer", "{:,}", None),
+    "generator_parameters": ("of the generator", "{:,}", None),
+}
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What stands above the numbers: the title, the budget and the protocols in words, the device
+    that rates are of, and the spec that made it all."""
+
+    title: str
+    budget: str
+    protocols: dict[str, Protocol]
+    rates: str
+    spec: str
+
+
+def write_report(folder: Path, heading: Heading, lines: Sequence[Line]) -> None:
+    """Write the table, the plots and the page, which holds the pictures of `folder`/pictures:
+    reconstructions, and a strip of samples for each line."""
+    write_csv(folder / TABLE, lines)
+    for name, against in PLOTS.items():
+        plot(folder / name, lines, against)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vistok.compare", "."), autoescape=True, trim_blocks=True
+    )
+    page = environment.get_template(PAGE).render(
+        heading=heading,
+        protocols={name: asdict(protocol) for name, protocol in heading.protocols.items()},
+        columns=[title for title, _, _ in COLUMNS.values()],
+        rows=[(line, cells(line, lines)) for line in lines],
+        plots=[embedded(folder / name) for name in PLOTS],
+        pictures=[
+            (file.stem, embedded(file))
+            for name in ("reconstructions", "samples")
+            if (file := folder / PICTURES / f"{name}.png").exists()
+        ],
+    )
+    with replaced(folder / PAGE) as aside:
+        aside.write_text(page, encoding="utf-8")
+
+
+def cells(line: Line, lines: Sequence[Line]) -> list[tuple[str, bool]]:
+    """Return what each column shows of a line, and whether it is the best of its column."""
+    shown = []
+    for name, (_, form, better) in COLUMNS.items():
+        value, known = getattr(line, name), [getattr(each, name) for each in lines]
+        best = better is not None and value == better(known)
+        shown.append(("" if value is None else form.format(value), best))
+    return shown
+
+
+def write_csv(file: Path, lines: Sequence[Line]) -> None:
+    """Write the lines, all numbers in full."""
+    with replaced(file) as aside, aside.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [field.name for field in fields(Line)])
+        writer.writeheader()
+        writer.writerows(map(asdict, lines))
+
+
+def plot(file: Path, lines: Sequence[Line], against: str) -> None:
+    """Draw FID over the passes or the tokens of an image, for tokens beside what the tokenizer
+    alone costs."""
+    from matplotlib.figure import Figure  # half a second that only plots need wait for
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for line in lines:
+        x = getattr(line, against)
+        dots = axes.scatter([x], [line.fid], s=28)
+        axes.annotate(line.system, (x, line.fid), (5, 3), textcoords="offset points", fontsize=8)
+        if against == "tokens":
+            colour = dots.get_facecolor()
+            axes.scatter([x], [line.rfid], s=28, facecolors="none", edgecolors=colour)
+            axes.vlines([x], line.rfid, line.fid, colors=colour, linewidth=0.6, alpha=0.6)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel({"passes": "passes an image", "tokens": "tokens an image"}[against])
+    axes.set_ylabel("FID of samples" + (", rFID (hollow)" if against == "tokens" else ""))
+    axes.grid(alpha=0.3)
+    with replaced(file) as aside:
+        figure.savefig(aside, format="png", dpi=120)
+
+
+def embedded(file: Path) -> str:
+    """Return a picture as a URL that holds it, so that the page is one file."""
+    return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
