@@ -19,12 +19,12 @@ demo: $(VENV)/installed
 	accelerate launch train/tokenizer.py --config configs/quickstart/tokenizer.yaml --resume true
 	vistok cache --tokenizer $(RUN)/tokenizer --data Emoji --data.split train --output $(RUN)/tokens
 	accelerate launch train/generator.py --config configs/quickstart/generator.yaml --resume true
-	python sample/reconstruct.py --tokenizer $(RUN)/tokenizer --output $(RUN)/reconstructions.png
-	python sample/generate.py --checkpoint $(RUN) --output $(RUN)/samples
-	python sample/evaluate.py --config configs/quickstart/rfid.yaml
-	python sample/evaluate.py --config configs/quickstart/fid.yaml --untrained true --name untrained
-	python sample/evaluate.py --config configs/quickstart/fid.yaml --name trained
-	vistok scores --file $(RUN)/metrics.json
+	vistok reconstruct --tokenizer $(RUN)/tokenizer --output $(RUN)/reconstructions.png
+	vistok generate --checkpoint $(RUN) --output $(RUN)/samples
+	vistok evaluate --config configs/quickstart/rfid.yaml
+	vistok evaluate --config configs/quickstart/fid.yaml --untrained true --name untrained
+	vistok evaluate --config configs/quickstart/fid.yaml --name trained
+	vistok scores --results $(RUN)/metrics.json
 	@echo "Pictures: $(RUN)/reconstructions.png $(RUN)/samples.png; scores: $(RUN)/metrics.json"
 
 test: $(VENV)/installed

@@ -135,7 +135,7 @@ def prepare(folder: Path) -> None:
         call(sys.executable, ROOT / "benchmarks/emoji_clip.py", "--output", clip)
     if not start.exists():
         options = [part for k, v in TOKENFLOW.items() for part in (f"--options.{k}", v)]
-        vistok("import", "tokenflow", clip / "model.safetensors", "--out", start, *options)
+        vistok("import", "tokenflow", clip / "model.safetensors", "--output", start, *options)
 
 
 def train_pair(folder: Path, name: str, length: list[object]) -> None:

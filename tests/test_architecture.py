@@ -15,7 +15,7 @@ FLOORS = [
     {"quantizers", "heads", "decoding", "losses", "data", "metrics"},
     {"tokenizers", "generators"},
     {"checkpoints", "codec", "images", "pipelines", "text"},
-    {"curves", "speed", "training"},
+    {"curves", "evaluation", "speed", "training"},
     {"compare"},
     {"cli", "commands", "options", "train"},
 ]

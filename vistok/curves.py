@@ -2,7 +2,7 @@
 scored on the same pictures (One-D-Piece: Miwa et al., 2025, arXiv:2501.10064, section 4).
 
 Each batch of pictures is encoded once and its prefixes decoded. Scores are those of
-`sample/evaluate.py`, and hold on any number of processes.
+`vistok evaluate`, and hold on any number of processes.
 """
 
 import csv
@@ -97,7 +97,7 @@ class Scoring:
 
     @property
     def protocol(self) -> m.Protocol:
-        """That of `sample/evaluate.py` for the same pictures and features."""
+        """That of `vistok evaluate` for the same pictures and features."""
         return m.Protocol(
             task="reconstruction",
             count=len(self.pictures),

@@ -102,7 +102,7 @@ def test_a_picture_becomes_a_file_and_a_picture_again(ordered, picture, tmp_path
 def test_the_size_or_the_quality_may_be_given(ordered, picture, tmp_path, capfd):
     def compress(*options) -> tuple[int, float]:
         """Return (bytes, PSNR)."""
-        by = ("--tokenizer", ordered.directory, "--out", tmp_path / "a.vtk")
+        by = ("--tokenizer", ordered.directory, "--output", tmp_path / "a.vtk")
         code, out, err = run(capfd, VISTOK, "compress", picture, *by, *options)
         assert code == 0, err
         return (tmp_path / "a.vtk").stat().st_size, float(out.split("PSNR ")[1].split(" dB")[0])

@@ -140,12 +140,12 @@ def test_export_writes_a_small_checkpoint_with_its_card(run_folder, tmp_path, ca
         "--count", 8, "--metrics", '["psnr"]', "--output", metrics,
     )  # fmt: skip
     assert code == 0, err
-    code, out, _ = run(capfd, "vistok/cli.py", "scores", "--file", metrics)
+    code, out, _ = run(capfd, "vistok/cli.py", "scores", "--results", metrics)
     assert code == 0
     assert "| reconstruction | psnr" in out
     code, _, err = run(
         capfd, "vistok/cli.py", "export", "--checkpoint", run_folder, "--output", output,
-        "--tokenizer_dtype", "float16", "--metrics", metrics, "--note", "A note.",
+        "--tokenizer_dtype", "float16", "--results", metrics, "--note", "A note.",
     )  # fmt: skip
     assert code == 0, err
     card = (output / "README.md").read_text()

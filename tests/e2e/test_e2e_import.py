@@ -61,12 +61,12 @@ def imported(tmp_path_factory):
 def test_import_info_and_sampling(imported, tmp_path, capfd):
     out = tmp_path / "pair"
     code, text, err = run(
-        capfd, "vistok/cli.py", "import", "llamagen", imported / "vq.pt", "--out", out,
+        capfd, "vistok/cli.py", "import", "llamagen", imported / "vq.pt", "--output", out,
         "--options.image_size", 16,
     )  # fmt: skip
     assert code == 0, err
     assert "ConvTokenizer" in text
-    generator = ("import", "llamagen", imported / "c2i.pt", "--out", out, "--guidance", 3)
+    generator = ("import", "llamagen", imported / "c2i.pt", "--output", out, "--guidance", 3)
     options = ("--options.shape", "[4,4]", "--options.num_heads", 4)
     code, text, err = run(capfd, "vistok/cli.py", *generator, *options)
     assert code == 0, err
@@ -118,7 +118,7 @@ def test_import_info_and_sampling(imported, tmp_path, capfd):
 def test_wrong_options_of_an_import(imported, tmp_path, capfd, arguments, message):
     out = tmp_path / "pair"
     code, _, err = run(
-        capfd, "vistok/cli.py", "import", "llamagen", imported / "vq.pt", "--out", out, *arguments
+        capfd, "vistok/cli.py", "import", "llamagen", imported / "vq.pt", "--output", out, *arguments
     )
     assert code == 2
     assert message in err
@@ -127,7 +127,7 @@ def test_wrong_options_of_an_import(imported, tmp_path, capfd, arguments, messag
 
 
 def test_a_plan_that_does_not_fit_is_refused(imported, tmp_path, capfd):
-    generator = ("import", "llamagen", imported / "c2i.pt", "--out", tmp_path / "pair")
+    generator = ("import", "llamagen", imported / "c2i.pt", "--output", tmp_path / "pair")
     options = ("--options.shape", "[4,4]", "--options.num_heads", 4)
     code, _, err = run(capfd, "vistok/cli.py", *generator, *options, "--plan", "par(4)")
     assert code == 2

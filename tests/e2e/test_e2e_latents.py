@@ -80,7 +80,7 @@ def test_levels_from_a_cache_of_moments(tokenizer, tmp_path, capfd):
 
 def test_published_files_become_tokenizers(tmp_path, capfd):
     AutoencoderKL(latent_channels=2, norm_num_groups=4).save_pretrained(tmp_path / "sd")
-    command = ("import", "autoencoder-kl", tmp_path / "sd", "--out", tmp_path / "run")
+    command = ("import", "autoencoder-kl", tmp_path / "sd", "--output", tmp_path / "run")
     code, text, err = run(capfd, CLI, *command, "--options.image_size", 16)
     assert code == 0, err
     assert "KLTokenizer" in text
@@ -88,7 +88,7 @@ def test_published_files_become_tokenizers(tmp_path, capfd):
     model = Tokenizer.from_pretrained(tmp_path / "run" / "tokenizer")
     assert model.vae.arguments["scaling_factor"] == 0.18215
     torch.save({"model": {"encoder.conv_in.bias": torch.zeros(4)}}, tmp_path / "kl16.ckpt")
-    command = ("import", "kl16", tmp_path / "kl16.ckpt", "--out", tmp_path / "other")
+    command = ("import", "kl16", tmp_path / "kl16.ckpt", "--output", tmp_path / "other")
     code, _, err = run(capfd, CLI, *command)
     assert code == 2
     assert "kl16.ckpt: not an AutoencoderKL" in err

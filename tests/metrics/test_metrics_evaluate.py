@@ -1,29 +1,30 @@
 """The evaluation command: one subject, one reference, one record; on two processes as on one."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from vistok import FSQ, ConvTokenizer, ImagePipeline, LlamaGen
-from vistok.data import Emoji
+from vistok.commands import evaluate as command
+from vistok.commands import stats
+from vistok.data import Emoji, Transform
 from vistok.errors import UserError
+from vistok.metrics import Pictures, load_features
 
 ROOT = Path(__file__).parents[2]
+CROP = Transform("resize-center-crop", 16)
 
 
 @pytest.fixture(scope="module")
 def evaluate():
     """`main` of the command, on random features."""
-    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "sample" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda **options: module.main(**{"features": "random"} | options)
+    return lambda **options: command.main(**{"features": "random"} | options)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def scores(output: Path) -> dict[str, dict[str, float]]:
 
 def test_a_reference_is_made_once_and_used_again(evaluate, output):
     emoji = {"data": Emoji("held-out"), "count": 40, "size": 16}
-    evaluate(**emoji, statistics="reference.npz")
+    stats.main(**emoji, features="random", output="reference.npz")
     assert not output.exists()
     evaluate(**emoji, reference="reference.npz", name="itself")
     found = scores(output)["itself"]
@@ -66,6 +67,33 @@ def test_a_reference_is_made_once_and_used_again(evaluate, output):
     record = json.loads(output.read_text())["itself"]
     assert record["protocol"]["reference"] == record["subject"]["data"]
     assert "not comparable" in record["protocol"]["features"]
+
+
+def test_statistics_are_those_of_adm(output, capsys):
+    stats.main(Emoji("held-out"), "reference.npz", "random", size=16, count=40)
+    assert "emoji (held-out, white), 40 of 433 pictures" in capsys.readouterr().out
+    arrays = np.load("reference.npz", allow_pickle=False)
+    assert arrays["mu"].dtype == arrays["sigma"].dtype == np.float64
+    assert arrays["sigma"].shape == 2 * arrays["mu"].shape
+    images = torch.stack([pixels for _, pixels in Pictures(Emoji("held-out"), CROP, 40)])
+    vectors = load_features("random", None)(images).vectors.double().numpy()
+    assert arrays["mu"] == pytest.approx(vectors.mean(0))
+    assert arrays["sigma"] == pytest.approx(np.cov(vectors.T), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output": "statistics"}, "--output statistics: statistics are written as .npz"),
+        ({"count": 1}, "at least 2 pictures"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"data": "missing"}, "missing"),
+    ],
+)
+def test_mistakes_in_statistics(options, message, output):
+    with pytest.raises(UserError, match=message):
+        stats.main(**{"data": Emoji("held-out"), "output": "a.npz", "features": "random"} | options)
+    assert not list(output.parent.iterdir())
 
 
 def test_a_tokenizer_and_its_baseline(evaluate, checkpoint, output, capsys):
@@ -109,7 +137,7 @@ def test_mistakes_end_before_any_work(options, message, evaluate, output, monkey
 @pytest.mark.slow
 def test_two_processes_give_the_scores_of_one(evaluate, checkpoint, output):
     emoji = Emoji("held-out")
-    evaluate(data=emoji, size=16, count=40, statistics="reference.npz")
+    stats.main(emoji, "reference.npz", "random", size=16, count=40)
     metrics = ["fid", "kid", "precision_recall"]
     sampled = {"checkpoint": checkpoint, "count": 21, "batch_size": 8, "reference": "reference.npz"}
     evaluate(**sampled, metrics=metrics, name="one")
@@ -124,7 +152,7 @@ def test_two_processes_give_the_scores_of_one(evaluate, checkpoint, output):
         words = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
         subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-             ROOT / "sample" / "evaluate.py", *words, *more, "--features", "random"],
+             "-m", "vistok.cli", "evaluate", *words, *more, "--features", "random"],
             check=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
         )  # fmt: skip

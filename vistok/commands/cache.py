@@ -1,9 +1,9 @@
 """vistok cache: encode a data set once, so that generators train on its tokens.
 
 vistok cache --tokenizer runs/quickstart/tokenizer --data Emoji --output runs/quickstart/tokens
-accelerate launch --num_processes 8 -m vistok.cli cache --transform ten-crop --data ImageFolder ...
-vistok cache --text_encoder google/flan-t5-xl --data TarShards --data.pattern "train-*.tar" ...
-vistok cache --text_encoder meta-llama/Llama-2-7b-hf --caption_ids true --caption_length 128 ...
+accelerate launch --num_processes 8 -m vistok.cli cache --tokenizer DIR --data train/ --output DIR
+vistok cache --tokenizer DIR --data "train-*.tar" --output DIR --text_encoder google/flan-t5-xl
+vistok cache --tokenizer DIR --data train.tar --output DIR --text_encoder DIR --caption_ids true
 """
 
 from pathlib import Path
@@ -24,6 +24,7 @@ from vistok.data import (
     shard_range,
 )
 from vistok.data.token_cache import HEADER
+from vistok.metrics import open_pictures
 from vistok.text import PromptReader, TextEncoder
 from vistok.tokenizers import Tokenizer
 
@@ -31,7 +32,7 @@ from vistok.tokenizers import Tokenizer
 @torch.inference_mode()
 def main(
     tokenizer: str,
-    data: ImageSource,
+    data: ImageSource | str,
     output: str,
     transform: str = "resize-center-crop",
     crops: int | None = None,
@@ -46,7 +47,7 @@ def main(
 
     Args:
         tokenizer: directory or Hub repository of the tokenizer
-        data: pictures to encode
+        data: pictures to encode: a data set by name, a folder, tar shards or an npz
         output: directory of the cache
         transform: how a picture becomes the tokenizer's size; training must name the same
         crops: versions of each picture, of which training takes one at each sight; by default all
@@ -62,6 +63,7 @@ def main(
     process = Accelerator()
     model = Tokenizer.from_pretrained(tokenizer).to(process.device).eval()
     crop = Transform(transform, model.image_size[0])
+    data = open_pictures(data)
     images = ImageCrops(data, crop, crops, seed)
     text = None
     if text_encoder:

@@ -20,7 +20,7 @@ from vistok.tokenizers import Tokenizer
 def main(
     image: str,
     tokenizer: str,
-    out: str | None = None,
+    output: str | None = None,
     tokens: int | None = None,
     bytes: int | None = None,
     psnr: float | None = None,
@@ -31,7 +31,7 @@ def main(
     Args:
         image: picture to read
         tokenizer: directory or Hub repository of the tokenizer, which `vistok decompress` needs too
-        out: file to write, or -o; by default the picture's name with .vtk
+        output: file to write; by default the picture's name with .vtk
         tokens: how many to keep, where the tokenizer is ordered
         bytes: size that the file may have
         psnr: quality to reach, in dB at the tokenizer's size, with as few tokens as it takes
@@ -48,7 +48,7 @@ def main(
         tokens = shortest_reaching(quality, spec, psnr)
     length = spec.num_tokens if tokens is None else tokens
     content = dumps(stream.first(length, spec), spec)
-    path = Path(out) if out else Path(image).with_suffix(".vtk")
+    path = Path(output) if output else Path(image).with_suffix(".vtk")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replaced(path) as aside:
         aside.write_bytes(content)

@@ -14,18 +14,18 @@ from vistok.files import replaced
 from vistok.tokenizers import Tokenizer
 
 
-def main(file: str, tokenizer: str, out: str, tokens: int | None = None) -> None:
+def main(file: str, tokenizer: str, output: str, tokens: int | None = None) -> None:
     """Write the picture of a .vtk file, at its original size.
 
     Args:
         file: what `vistok compress` wrote
         tokenizer: directory or Hub repository of the tokenizer that made it
-        out: PNG file to write, or -o
+        output: PNG file to write
         tokens: decode that many of the first only; by default all that the file holds
     """
-    path = Path(out)
+    path = Path(output)
     if path.suffix.lower() != ".png":
-        raise UserError(f"--out {out}: pictures are written as .png")
+        raise UserError(f"--output {output}: pictures are written as .png")
     try:
         content = Path(file).read_bytes()
     except OSError as error:

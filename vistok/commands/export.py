@@ -26,7 +26,7 @@ def main(
     output: str,
     tokenizer_dtype: DType = "float32",
     generator_dtype: DType = "float32",
-    metrics: str | None = None,
+    results: str | None = None,
     note: str = "",
     **changes: Unpack[DecodingOptions],
 ) -> None:
@@ -37,7 +37,7 @@ def main(
         output: directory of the checkpoint
         tokenizer_dtype: of the tokenizer's saved weights; they load in float32
         generator_dtype: of the generator's
-        metrics: JSON file of results, for the card
+        results: JSON file of results, for the card
         note: a sentence for the card
         changes: how the checkpoint decodes where it is not told otherwise
     """
@@ -47,7 +47,7 @@ def main(
     nn.Module.to(pipeline.generator, getattr(torch, generator_dtype))
     pipeline.decoding = pipeline.decoding.changed(**changes)
     runs = [describe_run(Path(checkpoint, part)) for part in ("tokenizer", "generator")]
-    scores = describe_scores(metrics) if metrics else ""
+    scores = describe_scores(results) if results else ""
     pipeline.save_pretrained(output, "\n\n".join(filter(None, [note, scores, *runs])))
     print(f"{checkpoint}, tokenizer in {tokenizer_dtype}, generator in {generator_dtype}: {output}")
 
@@ -78,6 +78,6 @@ def describe_scores(file: str) -> str:
     """Return the results in `file`, each with its protocol."""
     results = read_results(file)
     if not results:
-        raise UserError(f"--metrics {file}: holds no results; make them with sample/evaluate.py")
+        raise UserError(f"--results {file}: holds none; make them by `vistok evaluate`")
     protocols = yaml.safe_dump({name: asdict(r.protocol) for name, r in results.items()})
     return f"## Scores\n\n{table(results)}\n\nBy these protocols:\n\n```yaml\n{protocols}```"

@@ -1,4 +1,4 @@
-"""Sample images from a checkpoint.
+"""vistok generate: images sampled from a checkpoint.
 
 vistok generate --checkpoint assets/emoji --plan "zipar(4)"
 vistok generate --checkpoint DIR --prompts '["a red circle", "a blue square"]'

@@ -1,13 +1,13 @@
 """vistok import: published weights as a vistok checkpoint.
 
-vistok import llamagen vq_ds16_c2i.pt --out runs/llamagen-l --options.image_size 384
-vistok import llamagen c2i_L_384.pt --out runs/llamagen-l --options.shape "[24,24]"
-vistok import nar c2i_B.pt --out runs/nar-b
-vistok import kl16 kl16.ckpt --out runs/mar-l
-vistok import mar checkpoint-last.pth --out runs/mar-l --plan "mar(64)" --steps "linear(50,5)"
-vistok import var var_d16.pth --out runs/var-d16 --options.tokenizer vae_ch160v4096z32.pth
-vistok import tokenflow-t2i Tokenflow-t2i/ --out runs/t2i --options.tokenizer runs/t2i/tokenizer
-vistok import autoencoder-kl sd-vae-ft-mse --out runs/sd-vae --options.image_size 256
+vistok import llamagen vq_ds16_c2i.pt --output runs/llamagen-l --options.image_size 384
+vistok import llamagen c2i_L_384.pt --output runs/llamagen-l --options.shape "[24,24]"
+vistok import nar c2i_B.pt --output runs/nar-b
+vistok import kl16 kl16.ckpt --output runs/mar-l
+vistok import mar checkpoint-last.pth --output runs/mar-l --plan "mar(64)" --steps "linear(50,5)"
+vistok import var var_d16.pth --output runs/var-d16 --options.tokenizer vae_ch160v4096z32.pth
+vistok import tokenflow-t2i Tokenflow-t2i/ --output runs/t2i --options.tokenizer runs/t2i/tokenizer
+vistok import autoencoder-kl sd-vae-ft-mse --output runs/sd-vae --options.image_size 256
 """
 
 from pathlib import Path
@@ -90,7 +90,7 @@ def main(
         "tokenflow-t2i",
     ],
     weights: str,
-    out: str,
+    output: str,
     options: dict[str, Any] | None = None,
     entries: list[str] | None = None,
     **changes: Unpack[DecodingOptions],
@@ -101,7 +101,7 @@ def main(
         system: whose weights they are
         weights: .pt, .pth, .bin, .ckpt or .safetensors file; of autoencoder-kl and tokenflow-t2i
             the directory or Hub repository
-        out: directory of the checkpoint; the model goes into its tokenizer/ or generator/
+        output: directory of the checkpoint; the model goes into its tokenizer/ or generator/
         options: what the file does not tell, as --options.NAME VALUE; for tokenizers image_size,
             for generators shape (of the tokens, 16x16 by default), num_heads, class_names, ...
         entries: entries of the file of which the first present is taken, as '["ema", "model"]'
@@ -124,10 +124,10 @@ def main(
             remember_encoder(model, T5)
     elif model.text_shape is not None:
         remember_encoder(model, CLIP)
-    model.save_pretrained(Path(out, part))
+    model.save_pretrained(Path(output, part))
     if part == "generator":
-        write_decoding(Path(out), decoding)
+        write_decoding(Path(output), decoding)
     print(
         f"{weights}: {type(model).__name__}, {model.num_parameters():,} parameters, "
-        f"{model.spec}: {Path(out, part)}"
+        f"{model.spec}: {Path(output, part)}"
     )

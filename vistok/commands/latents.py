@@ -1,9 +1,9 @@
 """vistok latents: how large a tokenizer's latents are, and one whose latents have unit variance.
 
-vistok latents --tokenizer runs/kl16 --data ImageFolder --data.root imagenet/train --count 50000
+vistok latents --tokenizer runs/kl16 --data imagenet/train --count 50000
 vistok latents --tokenizer runs/kl --data Emoji --output runs/kl-scaled
 vistok latents --tokenizer runs/kl --data Emoji --per_channel true --output runs/kl-scaled
-accelerate launch --num_processes 8 -m vistok.cli latents --tokenizer runs/kl16 ...
+accelerate launch --num_processes 8 -m vistok.cli latents --tokenizer runs/kl16 --data train/
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from vistok.data import ImageSource, Transform, shard_range
 from vistok.errors import UserError
-from vistok.metrics import Pictures
+from vistok.metrics import Pictures, open_pictures
 from vistok.metrics.statistics import Moments, all_reduce
 from vistok.quantizers import Gaussian
 from vistok.quantizers.dimension_wise import frequency_sums
@@ -26,7 +26,7 @@ from vistok.tokenizers import KLTokenizer, QuantizedTokenizer
 @torch.inference_mode()
 def main(
     tokenizer: str,
-    data: ImageSource,
+    data: ImageSource | str,
     output: str | None = None,
     per_channel: bool = False,
     transform: str = "resize-center-crop",
@@ -41,7 +41,7 @@ def main(
 
     Args:
         tokenizer: directory or Hub repository of a tokenizer of continuous latents
-        data: pictures to encode
+        data: pictures to encode: a data set by name, a folder, tar shards or an npz
         output: directory for the tokenizer with these factors, for a KLTokenizer
         per_channel: scale each channel by its own deviation, less its mean
         transform: how a picture becomes the tokenizer's size
@@ -55,7 +55,7 @@ def main(
         raise UserError(f"{tokenizer}: makes {model.spec}, which are not drawn: nothing to scale")
     if output and not isinstance(model, KLTokenizer):
         raise UserError(f"--output: {type(model).__name__} has no factors, a KLTokenizer has")
-    pictures = Pictures(data, Transform(transform, model.image_size[0]), count)
+    pictures = Pictures(open_pictures(data), Transform(transform, model.image_size[0]), count)
     mine = shard_range(len(pictures), process.process_index, process.num_processes)
     loader = DataLoader(Subset(pictures, mine), batch_size, num_workers=num_workers)
 

@@ -31,7 +31,7 @@ from vistok.tokenizers import Tokenizer
 def main(
     data: ImageSource | str,
     tokenizer: str,
-    out: str = "runs/rate-distortion",
+    output: str = "runs/rate-distortion",
     lengths: list[int] | str | None = None,
     transform: str = "resize-center-crop",
     count: int | None = None,
@@ -52,7 +52,7 @@ def main(
     Args:
         data: pictures: a data set by name, a folder, tar shards or an npz
         tokenizer: directory or Hub repository of the tokenizer
-        out: directory to write to, or -o
+        output: directory to write to
         lengths: tokens to keep, as 1,2,4,8; by default the powers of two and all
         transform: how a picture becomes the tokenizer's size
         count: pictures to take, spread evenly over the data; all by default
@@ -78,7 +78,7 @@ def main(
     points = measure(accelerator, scoring, [ours, *others], batch_size, num_workers)
     if not accelerator.is_main_process:
         return
-    folder = Path(out)
+    folder = Path(output)
     write_table(folder / "curve.csv", [point.row() for point in points])
     write_table(folder / "matched.csv", side_by_side(points, ours.codec))
     write_results(folder / "metrics.json", scoring.protocol, points)

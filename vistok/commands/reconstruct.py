@@ -1,4 +1,4 @@
-"""Show pictures above what a tokenizer makes of them, at one length or at several.
+"""vistok reconstruct: pictures above what a tokenizer makes of them, at one length or at several.
 
 vistok reconstruct --tokenizer assets/emoji/tokenizer --output reconstructions.png
 vistok reconstruct --tokenizer DIR --lengths 1,2,4,8,16 --features random
@@ -32,7 +32,7 @@ from vistok.tokenizers import Tokenizer
 def main(
     tokenizer: str,
     output: str = "runs/reconstructions.png",
-    data: ImageSource | None = None,
+    data: ImageSource | str | None = None,
     transform: str = "resize-center-crop",
     count: int = 48,
     columns: int = 12,
@@ -53,7 +53,8 @@ def main(
     Args:
         tokenizer: directory or Hub repository of the tokenizer
         output: PNG file to write
-        data: pictures; the held-out emoji by default
+        data: pictures: a data set by name, a folder, tar shards or an npz; the held-out emoji by
+            default
         transform: how a picture becomes the tokenizer's size
         count: number of pictures, spread evenly over the data
         columns: pictures in a row
@@ -67,7 +68,7 @@ def main(
         num_workers: processes that read pictures, for each process
         seed: of decoders that draw; a picture's noise is the same at every length
     """
-    data = data or Emoji("held-out")
+    data = Emoji("held-out") if data is None else m.open_pictures(data)
     accelerator = Accelerator()
     model = Tokenizer.from_pretrained(tokenizer).to(accelerator.device).eval()
     if len(data) < 1 or not 1 <= columns <= count:

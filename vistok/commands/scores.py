@@ -1,23 +1,23 @@
 """vistok scores: the results in a metrics file, as one table.
 
-vistok scores --file runs/quickstart/metrics.json
+vistok scores --results runs/quickstart/metrics.json
 """
 
 from vistok.errors import UserError
 from vistok.metrics import Result, read_results
 
 
-def main(file: str) -> None:
+def main(results: str) -> None:
     """Print a table of all results that evaluations wrote into a file.
 
     Args:
-        file: JSON file of results
+        results: JSON file of results
     """
-    results = read_results(file)
-    if not results:
-        raise UserError(f"--file {file}: holds no results; make them with sample/evaluate.py")
-    print(table(results))
-    for note in dict.fromkeys(note for result in results.values() for note in result.notes):
+    found = read_results(results)
+    if not found:
+        raise UserError(f"--results {results}: holds none; make them by `vistok evaluate`")
+    print(table(found))
+    for note in dict.fromkeys(note for result in found.values() for note in result.notes):
         print(f"note: {note}")
 
 
