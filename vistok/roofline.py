@@ -6,9 +6,9 @@ are read and its products are made, each at the best rate that the device reache
 - *products*: two FLOPs for each multiplication of matrix products, convolutions and attention,
   where masked keys count, too. Norms, activations, rotations, softmax, sorting and random numbers
   do not count.
-- *reads*: the weights (and biases) of each of these products, once for each time that it is made,
-  however large the batch; and the keys and values that each attention sees, its own included. Rows
-  of embedding tables, vectors of norms and activations, which can stay on the chip, do not count.
+- *reads*: the weights of each of these products, once for each time that it is made, however large
+  the batch; and the keys and values that each attention sees, its own included. Biases, vectors of
+  norms, rows of embedding tables and activations, which can stay on the chip, do not count.
 
 So a network that is called once a pass has its weights read once a pass, and a head that takes 100
 steps for each set of tokens 100 times. It is the work of the program as it runs: one that makes a
@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention
+WITH_SUMMAND = {torch.ops.aten.addmm, torch.ops.aten.baddbmm}  # which comes before the factors
 COPIES = {torch.ops.aten.clone, torch.ops.aten._to_copy}  # of weights are weights
 
 
@@ -84,13 +85,14 @@ class _Counter(TorchDispatchMode):
         made = func(*args, **kwargs)
         if operation in flop_registry:
             self.multiplied += flop_registry[operation](*args, **kwargs, out_val=made)
-            self.read += sum(_size(operand) for operand in args if self.is_weight(operand))
+            factors = args[1:3] if operation in WITH_SUMMAND else args[:2]
+            self.read += sum(_size(factor) for factor in factors if self.is_weight(factor))
         elif operation in COPIES and self.is_weight(args[0]):
             self.weights[_memory(made)] = made
         return made
 
-    def is_weight(self, operand: object) -> bool:
-        return isinstance(operand, Tensor) and _memory(operand) in self.weights
+    def is_weight(self, tensor: Tensor) -> bool:
+        return _memory(tensor) in self.weights
 
 
 def count_work(run: Callable[[], Any], *modules: nn.Module) -> tuple[Work, Any]:

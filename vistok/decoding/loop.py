@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vistok.decoding.noise import Noise
 from vistok.decoding.orders import Order
-from vistok.decoding.plans import MaskedPlan, Pass, Plan, RandomPlan
+from vistok.decoding.plans import MaskedPlan, Pass, Plan
 from vistok.decoding.samplers import Sampler
 from vistok.decoding.sampling import Sampling
 from vistok.decoding.schedules import Corrected, Schedule
@@ -120,7 +120,7 @@ class Decoding:
         last, nearly = max(1, len(plan) - 1), 1e-9
         return [max(1, int(schedule(t / last) + nearly)) for t in range(len(plan))]
 
-    def calls(self, plan: Plan | RandomPlan, head: Any) -> list[int]:
+    def calls(self, plan: Plan | MaskedPlan, head: Any) -> list[int]:
         """How often the network that draws the tokens runs in each pass."""
         budgets = zip(plan.fractions, self.budgets(plan, head.steps), strict=True)
         return [head.evaluations(self.sampling(done), budget) for done, budget in budgets]
