@@ -3,14 +3,15 @@
 diffusers gives `from_pretrained`, `save_pretrained`, sharding, dtypes and the Hub; by default it
 warns where a checkpoint does not fit. Here a missing, unexpected or misshapen tensor, an unknown
 config key and a class of another kind are errors of one line. Class names found in a checkpoint are
-looked up among vistok's own exports and never imported by path.
+looked up among vistok's own exports and the classes that a program has defined; none is ever
+imported because a checkpoint names it.
 """
 
 import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,32 @@ FORMAT = 1  # version of the files that `save_pretrained` writes
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def exported(name: str, kind: type, where: str) -> type:
-    """Return vistok's class `name`, which must be a `kind`; raise `CheckpointError` otherwise."""
-    if name not in vistok.__all__:
+def named(name: str, kind: type, where: str) -> type:
+    """Return the class `name`, which must be a `kind`: vistok's, or one of the program's own that
+    it has imported; raise `CheckpointError` otherwise."""
+    own = [c for c in _subclasses(kind) if c.__name__ == name and not _is_inside(c)]
+    if name in vistok.__all__:
+        found = getattr(vistok, name)
+    elif own:
+        found = own[-1]  # a notebook's cell that runs again defines its class anew
+    else:
         raise CheckpointError(
-            f"{where}: class '{name}' is not part of vistok{suggestion(name, vistok.__all__)}"
+            f"{where}: class '{name}' is not part of vistok{suggestion(name, vistok.__all__)}; a "
+            "class of your own is found once its module is imported"
         )
-    found = getattr(vistok, name)
     if not (inspect.isclass(found) and issubclass(found, kind)):
         raise CheckpointError(f"{where}: holds a {name}, expected a {kind.__name__}")
     return found
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def _is_inside(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == "vistok"
 
 
 def _to_plain(value: Any) -> Any:
@@ -61,7 +78,7 @@ def _from_plain(value: Any, where: str) -> Any:
     fields = {k: v for k, v in value.items() if k != "_class_name"}
     if value["_class_name"] == "TokenSpec":
         return TokenSpec.from_dict(fields)
-    return exported(value["_class_name"], Component, where).from_config(fields)
+    return named(value["_class_name"], Component, where).from_config(fields)
 
 
 def register_to_config(init: Callable) -> Callable:
@@ -167,7 +184,7 @@ class Model(diffusers.ModelMixin, _Configured):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "Model":
         """Load from a directory or a Hub repository (`subfolder=` inside it).
 
-        Called on a base class, returns whichever exported subclass the checkpoint holds. Keyword
+        Called on a base class, returns whichever subclass the checkpoint holds. Keyword
         arguments named like constructor arguments override the saved ones. Raises `CheckpointError`
         for a file that is missing, truncated, pickled, of another class, or that does not fit in
         every tensor and every key.
@@ -179,7 +196,7 @@ class Model(diffusers.ModelMixin, _Configured):
             hub = {k: v for k, v in kwargs.items() if k in ("subfolder", "revision", "token")}
             config = cls.load_config(path, **hub)
             name = config.get("_class_name", "")
-            model_class = exported(name, cls, where)
+            model_class = named(name, cls, where)
             model_class.revive(config, where)
             load = super(Model, model_class).from_pretrained.__func__
             model, info = load(
@@ -248,7 +265,7 @@ def _chosen(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
         name = value.get("_class_name", "TokenSpec") if isinstance(value, dict) else "TokenSpec"
         if name != "TokenSpec":
             part = {k: v for k, v in value.items() if k != "_class_name"}
-            of_part = _chosen(exported(name, Component, cls.__name__), part)
+            of_part = _chosen(named(name, Component, cls.__name__), part)
             chosen[key] = {"_class_name": name, **of_part}
     return chosen
 

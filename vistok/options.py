@@ -6,6 +6,7 @@ and exit code 2.
 """
 
 import argparse
+import importlib
 import inspect
 import itertools
 import logging
@@ -31,6 +32,8 @@ register_type(Schedule, str, Schedule)
 register_type(Corrected, str, Corrected)
 register_type(Order, str, Order)
 register_type(Sampler, str, Sampler)
+
+IMPORTS = "VISTOK_IMPORT"  # modules of one's own, whose classes and orders can then be named
 
 _resolved: dict[str, Any] = {}
 
@@ -110,6 +113,7 @@ def examples(main: Callable[..., None]) -> list[str]:
 def run(main: Callable[..., None], prog: str | None = None, args: list[str] | None = None) -> None:
     """Parse `main`'s options from the command line (or `args`) and call it."""
     start_all_processes()
+    import_own()
     parser = parser_of(main, prog or os.path.basename(sys.argv[0]))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parser.parse_args(args)
@@ -129,6 +133,15 @@ def run(main: Callable[..., None], prog: str | None = None, args: list[str] | No
         fail(str(mistake))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def import_own() -> None:
+    """Import the modules that the environment lists, separated by commas."""
+    for module in filter(None, os.environ.get(IMPORTS, "").split(",")):
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            fail(f"{IMPORTS}={module}: {error}; PYTHONPATH says where modules are looked for")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -24,7 +24,8 @@ EXCLUDED = {
     "source .venv/bin/activate": "the environment of the tests is active",
     "pip install": "the environment of the tests has all extras that blocks need",
 }
-RUN = {"bash": ["bash", "-euo", "pipefail"], "python": [sys.executable]}
+EACH = "import runpy, sys; [runpy.run_path(path, run_name='__main__') for path in sys.argv[1:]]"
+RUN = {"bash": ["bash", "-euo", "pipefail"], "python": [sys.executable, "-c", EACH]}
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Block:
 
     @property
     def file(self) -> str | None:
-        """Where the page has its reader save the block: `# name.py` is its first line."""
-        named = re.match(r"# ([\w/]+\.py)\n", self.text)
+        """Where the page has its reader save the block: its first line is `# name.py`."""
+        named = re.match(r"# ([\w/]+\.(?:py|yaml))\n", self.text)
         return named and named.group(1)
 
     @property
@@ -103,13 +104,31 @@ def copy_checkout(to: Path) -> None:
             shutil.copy2(ROOT / name, to / name, follow_symlinks=False)
 
 
-def run(block: Block, checkout: Path, scratch: Path) -> tuple[int, str]:
-    """Run a bash or python block as printed in a copy of the checkout; return its exit code and
-    output."""
-    if block.file:
-        (checkout / block.file).write_text(block.text)
-    script = scratch / "block"
-    script.write_text(block.script)
+def sessions(found: list[Block]) -> list[list[Block]]:
+    """Group python blocks that follow each other, which one interpreter runs; modules and configs
+    that are but saved stand between them."""
+    groups = []
+    for block in found:
+        shared = groups and block.language == "python" == groups[-1][0].language
+        groups[-1].append(block) if shared else groups.append([block])
+    return groups
+
+
+def save(found: list[Block], checkout: Path) -> list[Block]:
+    """Save what a page has its reader save, and return the blocks to be run."""
+    for block in found:
+        if block.file:
+            (checkout / block.file).write_text(block.text)
+    return [block for block in found if block.language in RUN and not block.file]
+
+
+def run(session: list[Block], checkout: Path, scratch: Path) -> tuple[int, str]:
+    """Run a bash block or python blocks as printed in a copy of the checkout; return exit code and
+    output, whose line numbers are those of the page."""
+    scripts = []
+    for block in session:
+        scripts.append(scratch / f"{block.line}-{Path(block.page).name}")
+        scripts[-1].write_text(block.script)
     trap = scratch / "trap"
     trap.write_text("""trap 'echo "line $LINENO: $BASH_COMMAND" >&2' ERR\n""")
     environment = {k: v for k, v in os.environ.items() if k != "VISTOK_PARITY"} | {
@@ -122,7 +141,7 @@ def run(block: Block, checkout: Path, scratch: Path) -> tuple[int, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     process = subprocess.Popen(
-        [*RUN[block.language], str(script)],
+        [*RUN[session[0].language], *map(str, scripts)],
         cwd=checkout,
         env=environment,
         stdout=subprocess.PIPE,

@@ -6,7 +6,7 @@ themselves. Rows of one pass share a rank and see each other; later ranks see ea
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, wraps
 from itertools import accumulate, pairwise, product
@@ -17,6 +17,36 @@ from vistok.decoding.plans import MaskedPlan, Pass, Plan, RandomPlan
 from vistok.decoding.spelling import read_call
 from vistok.errors import UserError
 from vistok.tokens import Shape
+
+ORDERS: dict[str, Callable[..., Plan | MaskedPlan]] = {}
+
+
+def order(trained: str | None = None):
+    """Make an order known by the name of the function below, which makes its plan from (shape,
+    condition rows, arguments...). `trained` is the order of the models that it decodes, where that
+    is another.
+
+    Plans are kept, for sampling and training ask for the same ones again; so they are made alike
+    whatever the mode or the default device of the first call. Raises `UserError` for a name that
+    another function has.
+    """
+
+    def known(make: Callable[..., Plan | MaskedPlan]):
+        @lru_cache(maxsize=64)
+        @wraps(make)
+        def plan(*arguments):
+            with torch.inference_mode(False), torch.device("cpu"):
+                return make(*arguments)
+
+        plan.trained = trained or make.__name__
+        before = ORDERS.get(make.__name__, plan)
+        # A notebook's cell that runs again makes its order anew.
+        if (before.__module__, before.__qualname__) != (plan.__module__, plan.__qualname__):
+            raise UserError(f"order '{make.__name__}' is that of {before.__module__}: rename yours")
+        ORDERS[make.__name__] = plan
+        return plan
+
+    return known
 
 
 class Order:
@@ -49,8 +79,8 @@ class Order:
 
     def __init__(self, spelling: "str | Order"):
         text = str(spelling)
-        self.name, self.arguments = read_call(text, "order", _ORDERS)
-        taken = list(inspect.signature(_ORDERS[self.name]).parameters.values())[2:]
+        self.name, self.arguments = read_call(text, "order", ORDERS)
+        taken = list(inspect.signature(ORDERS[self.name]).parameters.values())[2:]
         required = sum(p.default is p.empty for p in taken)
         if taken and taken[-1].kind is inspect.Parameter.VAR_POSITIONAL:
             taken += taken[-1:] * (len(self.arguments) - len(taken))
@@ -67,7 +97,12 @@ class Order:
                     ) from None
 
     def __call__(self, shape: Shape, condition_rows: int = 1) -> Plan | MaskedPlan:
-        return _ORDERS[self.name](tuple(shape), condition_rows, *self.arguments)
+        return ORDERS[self.name](tuple(shape), condition_rows, *self.arguments)
+
+    @property
+    def trained(self) -> str:
+        """The name of the order in which the models are trained that it decodes."""
+        return ORDERS[self.name].trained
 
     @property
     def adaptive_window(self) -> int | None:
@@ -90,26 +125,13 @@ class Order:
         return hash(str(self))
 
 
-def _plan(order):
-    """Keep the plans that an order makes, for sampling and training ask for the same ones again;
-    so they are made alike whatever the mode or the default device of the first call."""
-
-    @lru_cache(maxsize=64)
-    @wraps(order)
-    def plan(*arguments):
-        with torch.inference_mode(False), torch.device("cpu"):
-            return order(*arguments)
-
-    return plan
-
-
-@_plan
+@order()
 def raster(shape: tuple[int, ...], condition_rows: int = 1) -> Plan:
     """The positions as they are numbered."""
     return _along("raster", shape, condition_rows, range(math.prod(shape)))
 
 
-@_plan
+@order()
 def diagonal(shape: tuple[int, ...], condition_rows: int = 1, flip: str = "") -> Plan:
     """DAR's path (Xu et al., 2025, arXiv:2503.11129): anti-diagonals in turn upwards and downwards,
     so that each cell touches the one before."""
@@ -124,7 +146,7 @@ def diagonal(shape: tuple[int, ...], condition_rows: int = 1, flip: str = "") ->
     return _along("diagonal", shape, condition_rows, path)
 
 
-@_plan
+@order()
 def random(shape: tuple[int, ...], condition_rows: int = 1, seed: int = 0) -> Plan:
     """One permutation for all images."""
     generator = torch.Generator().manual_seed(seed)
@@ -132,7 +154,7 @@ def random(shape: tuple[int, ...], condition_rows: int = 1, seed: int = 0) -> Pl
     return _along("random", shape, condition_rows, path)
 
 
-@_plan
+@order()
 def par(shape: tuple[int, ...], condition_rows: int = 1, regions: int = 4) -> Plan:
     """PAR (Wang et al., 2024, arXiv:2412.15119): the first cell of each of n square-many regions
     one by one, then one cell of every region at once, cells and regions in raster order. n - 1
@@ -165,7 +187,7 @@ def par(shape: tuple[int, ...], condition_rows: int = 1, regions: int = 4) -> Pl
     return Plan("par", shape, tuple(passes))
 
 
-@_plan
+@order()
 def nar(shape: tuple[int, ...], condition_rows: int = 1) -> Plan:
     """NAR (He et al., 2025, arXiv:2503.10696): all positions of equal distance to the first at
     once. One head for each axis predicts the next position along it, the last axis first (right,
@@ -208,7 +230,7 @@ def nar(shape: tuple[int, ...], condition_rows: int = 1) -> Plan:
     return Plan("nar", shape, tuple(passes))
 
 
-@_plan
+@order(trained="raster")
 def zipar(
     shape: tuple[int, ...], condition_rows: int = 1, window: int = 16, rule: str = ""
 ) -> Plan:
@@ -284,7 +306,7 @@ MASKED_SHARES = {
 }
 
 
-@_plan
+@order()
 def maskgit(
     shape: tuple[int, ...], condition_rows: int = 1, steps: int = 8, schedule: str = "arccos"
 ) -> MaskedPlan:
@@ -303,7 +325,7 @@ def maskgit(
     return MaskedPlan("maskgit", shape, tuple(masked))
 
 
-@_plan
+@order()
 def mar(shape: tuple[int, ...], condition_rows: int = 1, steps: int = 64) -> RandomPlan:
     """MAR (Li et al., 2024, arXiv:2406.11838): of N positions, N cos(pi/2 r) are left when the
     fraction r of the passes is over, and every pass decodes at least one."""
@@ -318,7 +340,7 @@ def mar(shape: tuple[int, ...], condition_rows: int = 1, steps: int = 64) -> Ran
     return RandomPlan("mar", shape, tuple(masked))
 
 
-@_plan
+@order()
 def cells(shape: tuple[int, ...], condition_rows: int = 1, side: int = 8) -> Plan:
     """xAR (Ren et al., 2025, arXiv:2502.20388): squares of `side` positions in raster order, as are
     the positions inside."""
@@ -329,7 +351,7 @@ def cells(shape: tuple[int, ...], condition_rows: int = 1, side: int = 8) -> Pla
     return _entities("cells", shape, grid.transpose(1, 2).reshape(-1, side * side).tolist())
 
 
-@_plan
+@order()
 def subsamples(shape: tuple[int, ...], condition_rows: int = 1, stride: int = 4) -> Plan:
     """xAR's combs: all positions whose row and column leave the same rests, in raster order of the
     rests."""
@@ -343,7 +365,7 @@ def subsamples(shape: tuple[int, ...], condition_rows: int = 1, stride: int = 4)
     return _entities("subsamples", shape, combs.tolist())
 
 
-@_plan
+@order()
 def scales(shape: tuple[int, ...], condition_rows: int = 1, *sides: int) -> Plan:
     """The scales of VAR (Tian et al., 2024, arXiv:2404.02905), FlowAR and xAR: square grids of so
     many positions a side, one after another in one sequence, the last as large as `shape`."""
@@ -358,7 +380,7 @@ def scales(shape: tuple[int, ...], condition_rows: int = 1, *sides: int) -> Plan
     return _entities("scales", tuple((side, side) for side in sides), sets)
 
 
-@_plan
+@order()
 def next_scale(shape: Shape, condition_rows: int = 1, corrections: int = 0) -> Plan:
     """VAR (Tian et al., 2024, arXiv:2404.02905), whose tokens are those of all scales; corrections
     are TokenFlow's (Qu et al., 2024, arXiv:2412.03069, section 3.3)."""
@@ -379,16 +401,6 @@ def next_scale(shape: Shape, condition_rows: int = 1, corrections: int = 0) -> P
                 for number in range(1, corrections + 1)
             ]
     return Plan("next_scale", shape, tuple(passes), by_pass=True)
-
-
-_ORDERS = {
-    order.__name__: order
-    for order in (
-        *(raster, diagonal, random, par, nar, zipar),
-        *(maskgit, mar),
-        *(cells, subsamples, scales, next_scale),
-    )
-}
 
 
 def _entities(name: str, shape: Shape, sets: Sequence[list[int]]) -> Plan:
