@@ -34,7 +34,7 @@ class Line:
         psnr: of reconstructions, dB
         rfid: of reconstructions
         fid: of samples
-        inception_score: of samples
+        inception_score: of samples, if the features are of a network that tells classes
         note: a word on what this is
     """
 
@@ -52,7 +52,7 @@ class Line:
     psnr: float
     rfid: float
     fid: float
-    inception_score: float
+    inception_score: float | None
     note: str = ""
 
 
@@ -96,7 +96,7 @@ def write_report(folder: Path, heading: Heading, lines: Sequence[Line]) -> None:
     page = environment.get_template(PAGE).render(
         heading=heading,
         protocols={name: asdict(protocol) for name, protocol in heading.protocols.items()},
-        columns=[title for title, _, _ in COLUMNS.values()],
+        columns=[COLUMNS[name][0] for name in columns(lines)],
         rows=[(line, cells(line, lines)) for line in lines],
         plots=[embedded(folder / name) for name in PLOTS],
         pictures=[
@@ -109,10 +109,16 @@ def write_report(folder: Path, heading: Heading, lines: Sequence[Line]) -> None:
         aside.write_text(page, encoding="utf-8")
 
 
+def columns(lines: Sequence[Line]) -> list[str]:
+    """Return the columns of which any line knows something."""
+    return [name for name in COLUMNS if any(getattr(each, name) is not None for each in lines)]
+
+
 def cells(line: Line, lines: Sequence[Line]) -> list[tuple[str, bool]]:
     """Return what each column shows of a line, and whether it is the best of its column."""
     shown = []
-    for name, (_, form, better) in COLUMNS.items():
+    for name in columns(lines):
+        _, form, better = COLUMNS[name]
         value, known = getattr(line, name), [getattr(each, name) for each in lines]
         best = better is not None and value == better(known)
         shown.append(("" if value is None else form.format(value), best))

@@ -99,7 +99,7 @@ def describe(
         psnr=made["psnr"],
         rfid=made["rfid"],
         fid=samples["fid"],
-        inception_score=samples["is"],
+        inception_score=samples.get("is"),
         note=row.note,
     )
 

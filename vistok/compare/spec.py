@@ -160,6 +160,11 @@ class Comparison:
                 raise UserError(f"{number} {getattr(self, number)} must be at least 1")
         tuple(self.tokenizers_in_order())
 
+    @property
+    def metrics(self) -> list[str]:
+        """What samples are scored by: IS only by a network that tells classes."""
+        return ["fid", "is"] if self.features == "inception" else ["fid"]
+
     def tokenizers_in_order(self) -> Iterator[str]:
         """Yield the names of tokenizers, each after the one that it is made from."""
         made: set[str] = set()

@@ -71,7 +71,7 @@ class Steps:
                 f"scores/rows/{name}", {"checkpoint": self.pair(row.generator)},
                 {key: str(value) for key, value in row.decoding.items()},
                 spelt("reference", comparison.held_out), {"transform": comparison.transform},
-                {"metrics": ["fid", "is"], "count": comparison.count, "seed": comparison.seed},
+                {"metrics": comparison.metrics, "count": comparison.count, "seed": comparison.seed},
                 name=name, after=(f"tokenizers/{entry.tokenizer}", f"generators/{row.generator}"),
             )  # fmt: skip
 
@@ -135,7 +135,8 @@ class Steps:
         own: dict[str, Any],
         after: tuple[str, ...],
     ) -> Step:
-        data = spelt("data", self.comparison.data) if module == TRAIN_TOKENIZER else {}
+        of_pictures = module == TRAIN_TOKENIZER  # generators read the tokens of the same data
+        data = spelt("data", self.comparison.data) if of_pictures else {"data": "null"}
         held_out = spelt("validation", self.comparison.held_out)
         fixed = {"images": images, **own, "resume": True}
         arguments = as_arguments(data, held_out, entry.options, fixed)
@@ -177,8 +178,8 @@ class Kept:
             if mark.exists() and json.loads(mark.read_text()) == told[step.key]:
                 continue
             say(f"{step.key}: {step.module} {' '.join(step.arguments)}")
-            launcher = [sys.executable, "-m", "accelerate.commands.launch", *self.launch, "-m"]
-            ended = subprocess.run([*launcher, step.module, *step.arguments])
+            launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *self.launch]
+            ended = subprocess.run([*launcher, "-m", step.module, *step.arguments])
             if ended.returncode:
                 raise UserError(
                     f"{step.key} ended with exit code {ended.returncode}; what is done is kept: "
