@@ -68,7 +68,7 @@ def test_other_spellings_and_models_are_refused():
     planned = LlamaGen(TokenSpec.ids((12,), 13), ["a"], dim=32, depth=1, num_heads=4)
     with pytest.raises(UserError, match="not by maskgit"):
         planned.plan(Order("maskgit(8)"))
-    with pytest.raises(UserError, match="train MaskGIT"):
+    with pytest.raises(UserError, match=r"learns in order raster .*, not maskgit"):
         LlamaGen(TokenSpec.ids((12,), 13), ["a"], "maskgit(8)", dim=32, depth=1, num_heads=4)
     with pytest.raises(UserError, match="use decode_masked"):
         decode(tiny(), LABELS, Noise(0, range(3)))

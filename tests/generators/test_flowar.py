@@ -153,5 +153,5 @@ def test_unfit_scales_and_orders_are_refused():
         tiny(TokenSpec.latents((16,), 3))
     with pytest.raises(IncompatibleTokensError, match="FlowAR models tokens of kind latents"):
         tiny(TokenSpec.ids((4, 4), 8))
-    with pytest.raises(UserError, match=r"in order scales\(1,2,4\), it decodes not by scales\(4\)"):
+    with pytest.raises(UserError, match=r"decodes by scales\(1,2,4\), not by scales\(4\)"):
         tiny().plan(Order("scales(4)"))

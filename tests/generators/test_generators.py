@@ -355,7 +355,9 @@ def test_zipped_rows_of_another_order_are_refused():
     for model in (tiny(PAR, GRID), tiny(NAR, GRID), tiny(LlamaGen, GRID, order="diagonal")):
         with pytest.raises(UserError, match=re.escape(f"decodes by {model.orders[0]}, not by")):
             model.plan(Order("zipar(2)"))
-    with pytest.raises(UserError, match="train with order raster"):
+    with pytest.raises(
+        UserError, match="learns in order raster or diagonal or random or par, not zipar"
+    ):
         tiny(LlamaGen, GRID, order="zipar(2)")
 
 

@@ -38,11 +38,13 @@ class Generator(Model):
     the tokens themselves unless a family says otherwise; `class_names`, in the order of the labels;
     `condition`, class or caption to the first rows; `condition_dropout`, the probability with which
     training replaces it by the null condition; `head`, hidden state to tokens; `kinds`, the
-    kinds of tokens the family accepts, and `of_scales`, whether those of scales, and no others.
+    kinds of tokens the family accepts, and `of_scales`, whether those of scales, and no others;
+    `learned`, names of the orders that it can be trained in, where that is an argument.
     """
 
     kinds: tuple[str, ...] = ("ids",)
     of_scales: bool = False
+    learned: tuple[str, ...] = ()
     spec: TokenSpec
     class_names: tuple[str, ...]
     condition: ClassCondition | CaptionCondition | PromptCondition
@@ -69,6 +71,22 @@ class Generator(Model):
                 f"{type(self).__name__} models tokens of {wanted}, not {spec}: choose a tokenizer "
                 "of such tokens or another generator"
             )
+
+    def check_order(self, order: Order, spec: TokenSpec) -> None:
+        """Raise `UserError` for an order that this family does not learn, and
+        `IncompatibleTokensError` for one that tokens of `spec` do not have."""
+        name = type(self).__name__
+        if order.name not in self.learned:
+            raise UserError(f"{name} learns in order {' or '.join(self.learned)}, not {order}")
+        try:
+            order(spec.shape)
+        except UserError as error:
+            raise IncompatibleTokensError(f"{name} does not fit {spec}: {error}") from None
+
+    def refusal(self, order: Order, reason: str = "") -> UserError:
+        """Return the error of decoding by an order that does not fit, with a reason at its end."""
+        name, fitting = type(self).__name__, " or ".join(self.orders)
+        return UserError(f"{name} of {self.spec} decodes by {fitting}, not by {order}{reason}")
 
     def take_codes(self, tokenizer: object) -> None:
         """Be shown, before training, the tokenizer whose tokens are learned, for families that are

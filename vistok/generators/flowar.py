@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from vistok.decoding.orders import Order
 from vistok.decoding.plans import Pass, Plan
-from vistok.errors import UserError
 from vistok.generators.base import Generator, GeneratorOutput
 from vistok.generators.conditions import ClassCondition
 from vistok.heads import FlowTransformerHead, ValueHead
@@ -79,6 +78,7 @@ class FlowAR(Generator):
     """
 
     kinds = ("latents",)
+    learned = ("scales",)
     _no_split_modules: ClassVar = ["GatedBlock"]
 
     @register_to_config
@@ -104,6 +104,7 @@ class FlowAR(Generator):
         self.check_heads(dim, decoder_num_heads)
         self.spec, self.class_names, self.scales = spec, tuple(class_names), tuple(scales)
         self.order = Order(f"scales({','.join(map(str, scales))})")
+        self.check_order(self.order, spec)
         self.sizes = [len(fed.predict) for fed in self.plan().passes]
         self.condition_dropout = condition_dropout
         self.condition = ClassCondition(len(class_names), dim)
@@ -135,7 +136,7 @@ class FlowAR(Generator):
 
     def plan(self, order: Order | None = None) -> Plan:
         if order not in (None, self.order):
-            raise UserError(f"FlowAR was trained in order {self.order}, it decodes not by {order}")
+            raise self.refusal(order)
         return self.order(self.spec.shape)
 
     @property

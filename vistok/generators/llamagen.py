@@ -68,6 +68,7 @@ class LlamaGen(Generator):
 
     _no_split_modules: ClassVar = ["Block"]
     kinds = ("ids",)
+    learned = ("raster", "diagonal", "random", "par")
 
     @register_to_config
     def __init__(
@@ -98,10 +99,7 @@ class LlamaGen(Generator):
                 f"and that of num_kv_heads {num_kv_heads}"
             )
         self.spec, self.class_names, self.order = spec, tuple(class_names), Order(order)
-        if self.order.name == "zipar":
-            raise UserError("order zipar decodes models of raster order: train with order raster")
-        if self.order.name == "maskgit":
-            raise UserError("order maskgit decodes masked models: train MaskGIT")
+        self.check_order(self.order, spec)
         self.condition_dropout = condition_dropout
         self.condition = (
             ClassCondition(len(class_names), dim)
@@ -137,12 +135,12 @@ class LlamaGen(Generator):
 
     def plan(self, order: Order | None = None) -> Plan:
         order = order or self.order
-        if order != self.order and (self.order.name, order.name) != ("raster", "zipar"):
-            raise UserError(
-                f"{type(self).__name__} was trained in order {self.order} and decodes by "
-                f"{' or '.join(self.orders)}, not by {order}"
-            )
-        return order(self.spec.shape, self.condition.rows)
+        if order != self.order and order.trained != str(self.order):
+            raise self.refusal(order)
+        try:
+            return order(self.spec.shape, self.condition.rows)
+        except UserError as error:
+            raise self.refusal(order, f": {error}") from None
 
     @property
     def orders(self) -> list[str]:

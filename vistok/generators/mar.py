@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vistok.decoding.orders import Order
 from vistok.decoding.plans import RandomPlan
-from vistok.errors import UserError
+from vistok.errors import IncompatibleTokensError, UserError
 from vistok.generators.base import Generator, GeneratorOutput
 from vistok.generators.conditions import ClassCondition
 from vistok.heads import DiffusionHead, ValueHead
@@ -144,6 +144,14 @@ class MAR(Generator):
             modelled = TokenSpec.factorised(modelled.shape, levels, values=spec.values)
         self.head = (head or DiffusionHead()).fitted(decoder_dim, modelled)
 
+    def check_spec(self, spec: TokenSpec) -> None:
+        super().check_spec(spec)
+        if spec.kind == "factorised" and spec.values is None:
+            raise IncompatibleTokensError(
+                f"MAR models digits that stand for numbers, not {spec}: choose a tokenizer whose "
+                "quantizer is DimensionWise"
+            )
+
     @property
     def decoded(self) -> TokenSpec:
         """Vectors of numbers, one for each position or square of positions."""
@@ -153,7 +161,7 @@ class MAR(Generator):
     def plan(self, order: Order | None = None) -> RandomPlan:
         order = order or Order("mar(64)")
         if order.name != "mar":
-            raise UserError(f"MAR decodes by {' or '.join(self.orders)}, not by {order}")
+            raise self.refusal(order)
         return order(self.decoded.shape)
 
     @property

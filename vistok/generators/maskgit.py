@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 
 from vistok.decoding.orders import Order
 from vistok.decoding.plans import MaskedPlan
-from vistok.errors import UserError
 from vistok.generators.base import Generator, GeneratorOutput
 from vistok.generators.conditions import ClassCondition
 from vistok.heads.categorical import CategoricalHead
@@ -97,7 +96,7 @@ class MaskGIT(Generator):
     def plan(self, order: Order | None = None) -> MaskedPlan:
         order = order or Order("maskgit(8)")
         if order.name != "maskgit":
-            raise UserError(f"MaskGIT decodes by {' or '.join(self.orders)}, not by {order}")
+            raise self.refusal(order)
         return order(self.spec.shape)
 
     @property

@@ -31,6 +31,7 @@ class NAR(LlamaGen):
     """
 
     settled = ("order",)
+    learned = ("nar",)
 
     @register_to_config
     def __init__(

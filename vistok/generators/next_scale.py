@@ -69,9 +69,7 @@ class NextScale(Generator):
     def plan(self, order: Order | None = None) -> Plan:
         order = order or Order("next_scale")
         if order.name != "next_scale":
-            raise UserError(
-                f"{type(self).__name__} decodes by {' or '.join(self.orders)}, not by {order}"
-            )
+            raise self.refusal(order)
         return order(self.spec.shape)
 
     @property

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from vistok.decoding.orders import Order
 from vistok.decoding.plans import Pass, Plan
-from vistok.errors import UserError
 from vistok.generators.base import Generator, GeneratorOutput
 from vistok.generators.conditions import ClassCondition
 from vistok.heads.categorical import CategoricalHead
@@ -27,7 +26,6 @@ from vistok.layers.linear import Linear
 from vistok.models import register_to_config
 from vistok.tokens import TokenSpec
 
-ORDERS = ("raster", "diagonal", "random")  # those of one token a pass
 CONDITION_ROWS = 2
 EPS = 1e-6  # of all layer norms
 # Modulations are made for so many rows at once, if they stay within so many numbers in all.
@@ -135,8 +133,8 @@ class RAR(Generator):
 
     def plan(self, order: Order | None = None) -> Plan:
         order = order or Order("raster")
-        if order.name not in ORDERS:
-            raise UserError(f"RAR decodes by {' or '.join(self.orders)}, not by {order}")
+        if not any(fitting.startswith(order.name) for fitting in self.orders):
+            raise self.refusal(order)
         return order(self.spec.shape, CONDITION_ROWS)
 
     @property

@@ -22,7 +22,6 @@ from vistok.decoding.orders import Order
 from vistok.decoding.plans import Pass, Plan
 from vistok.decoding.sampling import Sampling
 from vistok.decoding.schedules import Schedule
-from vistok.errors import UserError
 from vistok.generators.base import Generator, GeneratorOutput
 from vistok.generators.conditions import ClassCondition
 from vistok.heads.base import PLAIN, Head
@@ -35,7 +34,6 @@ from vistok.losses.flow import FlowTimes
 from vistok.models import register_to_config
 from vistok.tokens import TokenSpec
 
-ENTITIES = ("cells", "subsamples", "scales")
 CLEAN = 0  # the time of finished entities, as a whole number
 MOST_AHEAD = 2**26  # numbers of modulations that are made beforehand
 
@@ -107,6 +105,7 @@ class XAR(Generator):
     """
 
     kinds = ("latents",)
+    learned = ("cells", "subsamples", "scales")
     _no_split_modules: ClassVar = ["GatedBlock"]
 
     @register_to_config
@@ -131,8 +130,7 @@ class XAR(Generator):
         self.check_heads(dim, num_heads)
         self.check_heads(dim, decoder_num_heads)
         self.spec, self.class_names, self.order = spec, tuple(class_names), Order(order)
-        if self.order.name not in ENTITIES:
-            raise UserError(f"XAR decodes entities, {', '.join(ENTITIES)}, not by {order}")
+        self.check_order(self.order, spec)
         self.dropout, self.condition_dropout = dropout, condition_dropout
         self.flow_times = FlowTimes(flow_times)
         self.condition = ClassCondition(len(class_names), dim)
@@ -156,7 +154,7 @@ class XAR(Generator):
 
     def plan(self, order: Order | None = None) -> Plan:
         if order not in (None, self.order):
-            raise UserError(f"XAR was trained for {self.order} and decodes by it, not by {order}")
+            raise self.refusal(order)
         return self.order(self.spec.shape)
 
     @property

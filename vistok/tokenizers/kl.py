@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vistok.errors import UserError
 from vistok.layers.constant import Constant
 from vistok.models import Component, register_to_config
-from vistok.quantizers import Gaussian
+from vistok.quantizers import Gaussian, Quantizer
 from vistok.quantizers.gaussian import LOG_VARIANCE
 from vistok.tokenizers.base import QuantizedTokenizer, TokenizerOutput
 
@@ -126,9 +126,14 @@ class KLTokenizer(QuantizedTokenizer):
 
     @register_to_config
     def __init__(
-        self, quantizer: Gaussian, vae: KLAutoencoder, image_size: int | Sequence[int] = 256
+        self, quantizer: Quantizer, vae: KLAutoencoder, image_size: int | Sequence[int] = 256
     ):
         super().__init__()
+        if not isinstance(quantizer, Gaussian):
+            raise UserError(
+                f"KLTokenizer: {type(quantizer).__name__} makes no latents of the autoencoder's "
+                "means and variances; expected Gaussian or DimensionWise"
+            )
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if height % vae.factor or width % vae.factor or quantizer.dim != vae.latent_channels:
             raise UserError(

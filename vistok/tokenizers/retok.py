@@ -164,6 +164,9 @@ class ReTok(SequenceTokenizer):
         tokens = super().encode(images)
         return tokens if redundant else tokens[:, : self.num_latent_tokens]
 
+    def statistics(self, images: Float[Tensor, "b 3 h w"]) -> Tensor:
+        return super().statistics(images)[:, : self.num_latent_tokens]
+
     def forward(
         self,
         images: Float[Tensor, "b 3 h w"],
