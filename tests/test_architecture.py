@@ -16,7 +16,7 @@ FLOORS = [
     {"tokenizers", "generators"},
     {"checkpoints", "codec", "images", "pipelines", "text"},
     {"curves", "evaluation", "speed", "training"},
-    {"compare"},
+    {"compare", "demo"},
     {"cli", "commands", "options", "train"},
 ]
 FORBIDDEN = {("tokenizers", "generators"), ("generators", "tokenizers")}

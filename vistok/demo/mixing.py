@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from vistok.codec import payload_size
 from vistok.curves import decode_first
-from vistok.data import Transform, to_uint8
+from vistok.data.transforms import to_float, to_uint8
 from vistok.decoding import Given, MaskedPlan
 from vistok.decoding.editing import box
 from vistok.demo.previews import Preview, stream
@@ -29,7 +29,9 @@ from vistok.tokens import TokenSpec
 
 def fitted(model: Tokenizer, picture: Image.Image) -> Float[Tensor, "1 3 h w"]:
     """Return the centre of a picture (RGB) at the tokenizer's size, as a batch of one."""
-    return Transform("resize-center-crop", model.image_size[0])(picture)[None].to(model.device)
+    height, width = model.image_size
+    picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
+    return to_float(picture)[None].to(model.device)
 
 
 @dataclass(frozen=True)
