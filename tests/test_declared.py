@@ -1,7 +1,10 @@
-"""What the package imports, its installation declares."""
+"""What the package imports, its installation declares; what only an extra brings is missed late, in
+one line that names the extra."""
 
 import ast
+import json
 import re
+import subprocess
 import sys
 import tomllib
 from itertools import chain
@@ -29,3 +32,49 @@ def test_every_import_is_declared():
                     if DISTRIBUTION.get(name, name).replace("_", "-") not in declared:
                         missing.add(f"{path.relative_to(ROOT)}: {name}")
     assert missing == set()
+
+
+WITHOUT_EXTRAS = """
+import importlib, json, pkgutil, sys
+sys.modules.update(dict.fromkeys(["gradio", "sentencepiece", "timm", "transformers"]))
+import vistok
+from vistok.errors import UserError
+missed = {}
+walked = pkgutil.walk_packages(vistok.__path__, "vistok.", onerror=lambda name: None)
+loops = "vistok.train.tokenizer", "vistok.train.generator"  # of a folder without __init__.py
+for name in [*(module.name for module in walked), *loops]:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missed[name] = error.name
+
+def said(call, *arguments):
+    try:
+        call(*arguments)
+    except UserError as error:
+        return str(error)
+
+from vistok.commands import demo
+from vistok.losses.alignment import Teacher
+from vistok.text import PromptReader, TextEncoder
+said = {
+    "demo": [said(demo.main, "assets/emoji")],
+    "text": [said(kind, "DIR") for kind in (PromptReader, TextEncoder, Teacher)],
+    "timm": [said(vistok.TimmTower)],
+}
+print(json.dumps([missed, said]))
+"""
+
+
+def test_extras_are_missed_where_they_are_used():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    missed, said = json.loads(done.stdout.splitlines()[-1])
+    # The page of the demo is all gradio, and nothing but `vistok demo` imports it.
+    assert {name.rsplit(".", 1)[0] for name in missed} <= {"vistok.demo"}
+    assert set(missed.values()) <= {"gradio"}
+    for extra, messages in said.items():
+        assert all(f"vistok[{extra}]" in message for message in messages), messages
+        assert not any("\n" in message for message in messages)
