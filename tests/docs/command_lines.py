@@ -2,8 +2,10 @@
 
 import importlib
 import inspect
+import itertools
 import re
 import runpy
+import shlex
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -14,16 +16,19 @@ from pages import ROOT
 from vistok import options as command_options
 
 STARTERS = ("vistok", "python", "accelerate")
+OPERATORS = ("&", "&&", "|", "||", ";", ">")
+FILLED_IN = re.compile(r"\$\(\(.*?\)\)|\$\([^)]*\)|\$\{?\w+\}?")
 
 
 def command_of(words: list[str]) -> list[str]:
-    """Return the words from the command on, without what sets variables or starts it elsewhere;
-    none where it is no command of the project's. What the shell would fill in becomes 1."""
-    words = [re.sub(r"\$\([^)]*\)|\$\{?\w+\}?", "1", word) for word in words]
+    """Return the words from the command on, without what sets variables, starts it elsewhere or
+    takes it on; none where it is no command of the project's. What the shell would fill in is 1."""
+    words = [FILLED_IN.sub("1", word) for word in words]
     while words and (re.match(r"\w+=", words[0]) or words[0] == "srun"):
         words = words[1:]
-        while words and words[0].startswith("-"):
-            words = words[1:]
+    if words[:2] == ["bash", "-c"]:
+        words = shlex.split(words[2])
+    words = list(itertools.takewhile(lambda word: word not in OPERATORS, words))
     return words if words and words[0] in STARTERS else []
 
 

@@ -5,6 +5,7 @@ several machines are read by their command's parser."""
 import ast
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,7 +13,10 @@ from pathlib import Path
 
 import pytest
 from command_lines import check, command_of
-from pages import NAMES, RUN, Block, blocks, copy_checkout, run, save, sessions
+from pages import NAMES, ROOT, RUN, Block, blocks, copy_checkout, run, save, sessions
+
+from vistok.decoding import orders
+from vistok.options import IMPORTS, import_own
 
 TAIL = 4000  # characters of output that a failure shows
 EXECUTED = "docs/add-your-own.md"  # its examples run in the default suite
@@ -60,18 +64,34 @@ def test_examples_of_own_classes_run(checkout, record_property):
     run_all(found, checkout, record_property)
 
 
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A folder of modules that can be imported, and are forgotten afterwards."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(orders, "ORDERS", dict(orders.ORDERS))
+    yield tmp_path
+    for module in tmp_path.glob("*.py"):
+        sys.modules.pop(module.stem, None)
+
+
 @pytest.mark.parametrize("page", NAMES)
-def test_command_lines_are_read(page, monkeypatch, capsys):
-    monkeypatch.chdir(NAMES["README.md"].parent)
-    for block in blocks(page):
+def test_command_lines_are_read(page, own, monkeypatch, capsys):
+    found = blocks(page)
+    save(found, own)
+    for block in found:
         if block.language == "python":
             ast.parse(block.text, str(block))
         if block.language not in ("", "bash"):
             continue
         for line, words in block.command_lines():
-            command = command_of(words)
+            for name, _, value in (word.partition("=") for word in words if words[0] == "export"):
+                if name == IMPORTS:
+                    monkeypatch.setenv(name, value)
+                    import_own()
+            words = [str(own / word) if (own / word).is_file() else word for word in words]
             try:
-                if command:
+                if command := command_of(words):
                     check(command)
             except (SystemExit, ValueError) as error:
                 why = capsys.readouterr().err or error
