@@ -52,6 +52,28 @@ def test_a_last_block_returns_the_rows_that_are_read():
     torch.testing.assert_close(block(x[:1], visible=visible[:1])[:, visible[0]], kept)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "tail_drop, lower, nearest",
+    [
+        (None, [2, 3], [[0, 1, 2, 3]] * 2),
+        ("uniform", [0, 1, 2, 3], [[0, 0, 1, 1]] * 2 + [[2, 2, 3, 3]] * 2),
+    ],
+)
+def test_a_start_on_the_grid_gives_latents_places(tail_drop, lower, nearest):
+    """Of 8 latents over 4x4 patches the last 4 are half of 2x4 areas, or all of a level's 2x2."""
+    options = {"num_latent_tokens": 8, "encoder_width": 48, "encoder_heads": 2}
+    encoder = titok(**options, tail_drop=tail_drop, start="grid").encoder
+    patches = encoder.positional_embedding[1:].unflatten(0, (4, 4))[lower].flatten(0, 1)
+    latents = encoder.latent_token_positional_embedding
+    assert torch.cdist(patches, latents[-4:]).argmin(1).view(-1, 4).tolist() == nearest
+
+
+def test_a_start_on_the_grid_needs_levels():
+    with pytest.raises(UserError, match="power of two, not 6"):
+        titok(start="grid")
+
+
 @pytest.mark.parametrize("size", [(23, 24), (32, 48)])
 def test_upsampling_is_the_same_without_gradient(size):
     upsample = Upsample(5)

@@ -3,6 +3,7 @@
 decodes with the help of a caption, and tokens of any length are options."""
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from vistok.errors import UserError
 from vistok.layers import conv
-from vistok.layers.positions import learned_table
+from vistok.layers.positions import learned_table, sincos_grid
 from vistok.layers.vit import SelfAttention, TransformerBlock
 from vistok.models import register_to_config
 from vistok.quantizers import Quantizer
+from vistok.tokenizers.retok import pooled_grids
 from vistok.tokenizers.sequence import SequenceTokenizer, TailDrop
 
 
@@ -45,6 +47,8 @@ class TiTok(SequenceTokenizer):
         text_dim: channels of these features.
         tail_drop: how many tokens training keeps, see `TailDrop`; every prefix decodes then. None
             for tokens that decode as a whole.
+        start: first weights: `published`, or, for little data and narrow models, `grid`, by which
+            latents begin with places in the image; see `ViT.start_on_grid`.
     """
 
     @register_to_config
@@ -66,6 +70,7 @@ class TiTok(SequenceTokenizer):
         text_length: int | None = None,
         text_dim: int = 768,
         tail_drop: str | None = None,
+        start: Literal["published", "grid"] = "published",
     ):
         super().__init__()
         decoder_patch_size = decoder_patch_size or patch_size
@@ -79,6 +84,11 @@ class TiTok(SequenceTokenizer):
                 raise UserError(
                     f"{type(self).__name__}: {whole} {size} must be divisible by {part} {count}"
                 )
+        if start == "grid" and num_latent_tokens & (num_latent_tokens - 1):
+            raise UserError(
+                f"{type(self).__name__}: start grid needs num_latent_tokens to be a power of two, "
+                f"not {num_latent_tokens}"
+            )
         self.image_size = (image_size, image_size)
         self.spec = quantizer.spec((num_latent_tokens,), ordered=tail_drop is not None)
         self.tail_drop = TailDrop(tail_drop, num_latent_tokens) if tail_drop else None
@@ -104,6 +114,9 @@ class TiTok(SequenceTokenizer):
             num_latents=num_latent_tokens,
         )
         self.apply(initialise)
+        if start == "grid":
+            self.encoder.start_on_grid(ordered=tail_drop is not None)
+            self.decoder.start_on_grid(ordered=tail_drop is not None)
         self.quantizer = quantizer
 
     def to_latents(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k d"]:
@@ -159,6 +172,29 @@ class ViT(nn.Module):
         for block in blocks:
             x = block(x, visible=visible)
         return self.ln_post(last(x, rows, visible))
+
+    @torch.no_grad()
+    def start_on_grid(self, ordered: bool) -> None:
+        """Give patches and latents places, so that attention finds the way between them: patches
+        have sines and cosines (after mimetic initialisation: Trockman and Kolter, 2023,
+        arXiv:2305.09828), a latent the mean of those of an area. Areas tile the image once, or
+        where latents are `ordered` once on each level, coarse to fine.
+
+        Without it a small model has to find out which latent is to hold what, and draws the mean
+        colour for tens of thousands of images. Weights keep the scale of their input here, where
+        the published N(0, 0.02) of a narrow layer hardly passes anything on.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        num_latents, width = self.latent_token_positional_embedding.shape
+        side = math.isqrt(self.num_patches)
+        places = sincos_grid(side, side, width).permute(2, 0, 1)
+        places = places - places.mean((1, 2), keepdim=True)
+        levels = pooled_grids(num_latents) if ordered else pooled_grids(2 * num_latents)[-1:]
+        areas = [F.adaptive_avg_pool2d(places, level).flatten(1) for level in levels]
+        self.positional_embedding[1:] = places.flatten(1).T
+        self.latent_token_positional_embedding.copy_(torch.cat(areas, dim=1).T)
 
 
 class Encoder(ViT):
