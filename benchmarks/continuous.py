@@ -7,7 +7,6 @@ already there is kept: a run that was cut off goes on. Rates are taken in turn, 
 uses random features and compares with no published number.
 """
 
-import operator
 import statistics
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from vistok.decoding import Sampler, Schedule
 from vistok.images import image_grid
 from vistok.options import run
 from vistok.pipelines import ImagePipeline
+from vistok.speed import cost
 
 LEVELS = (8, 16, 32, 64)  # of digits, as in TokenBridge's table 1
 TOKENIZERS = {"mar": "kl", "xar": "kl", "flowar": "kl", "tokenbridge": "bridge-64"}
@@ -88,12 +88,14 @@ def main(
     print("| model | passes | network calls | tokens x calls | images/s | FID, random features |")
     print("|---|---|---|---|---|---|")
     for name, pipeline in pipelines.items():
-        passes, calls, rows = cost(pipeline)
+        spent = cost(pipeline.generator, pipeline.decoding)
         model, changes = ROWS[name]
         options = [part for k, v in changes.items() for part in (f"--{k}", v)]
         fid = score_samples(scores, name, folder / model, count, *options)
         rate = statistics.median(rates[name][1:])
-        print(f"| {name} | {passes} | {calls} | {rows} | {rate:.1f} | {fid:.1f} |")
+        print(
+            f"| {name} | {spent.passes} | {spent.calls} | {spent.rows} | {rate:.1f} | {fid:.1f} |"
+        )
     draw(folder / "samples.png", pipelines)
 
 
@@ -107,14 +109,6 @@ def train_tokenizers(folder: Path, length: list[object]) -> None:
         if not (folder / f"bridge-{levels}").exists():
             vistok("quantize", "--tokenizer", folder / "kl", "--levels", levels,
                    "--output", folder / f"bridge-{levels}")  # fmt: skip
-
-
-def cost(pipeline: ImagePipeline) -> tuple[int, int, int]:
-    """Return the passes, the calls of the network that draws, one after another, and the tokens
-    that these calls see, of one image."""
-    plan = pipeline.decoding.plan_of(pipeline.generator)
-    calls = pipeline.decoding.calls(plan, pipeline.generator.head)
-    return len(plan), sum(calls), sum(map(operator.mul, calls, plan.sizes))
 
 
 def draw(file: Path, pipelines: dict[str, ImagePipeline]) -> None:

@@ -94,6 +94,15 @@ def test_the_table_holds_the_numbers_in_full(folder):
     assert float(rows[0]["rfid"]) == LINE.rfid and rows[1]["bytes"] == ""
 
 
+def test_the_table_in_markdown_is_that_of_the_page(folder):
+    lines = (folder / "report.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len({len(row) for row in rows}) == 1 and len(rows) == 2 + len(LINES)
+    for row, line in zip(rows[2:], LINES, strict=True):
+        shown = [f"**{text}**" if best else text for text, best in cells(line, LINES)]
+        assert row == [line.system, *shown]
+
+
 def best_of(line):
     shown = zip(columns(LINES), cells(line, LINES), strict=True)
     return {name for name, (_, is_best) in shown if is_best}

@@ -10,18 +10,18 @@ from pathlib import Path
 import yaml
 
 from vistok import metrics as m
-from vistok.options import parser_of, resolved_config
 from vistok.compare import Comparison
 from vistok.compare.report import PAGE, PICTURES, Heading, write_report
 from vistok.compare.rows import describe, draw_reconstructions, draw_samples, open_rows, paces
 from vistok.compare.steps import TRAIN_GENERATOR, TRAIN_TOKENIZER, Kept, Steps, link_pairs
 from vistok.data import ImageSource
+from vistok.options import parser_of, resolved_config
 from vistok.train import generator, tokenizer
 
 
 def main(spec: Comparison, output: str = "runs/compare", launch: str = "") -> None:
     """Train or load systems on one data set with one budget, score them by one protocol, and write
-    a report: report.html, report.csv, quality-passes.png, quality-tokens.png and pictures/.
+    a report: report.html, report.csv, report.md, two plots of quality, and pictures/.
 
     Every training, cache and score that is there already is kept: a comparison that was cut off, or
     that grew by a row, goes on with the same command.

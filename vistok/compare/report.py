@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML page, a CSV, and two plots of quality."""
+"""The report of a comparison: one HTML page, a CSV, the table in Markdown, two plots of quality."""
 
 import base64
 import csv
@@ -11,7 +11,7 @@ import jinja2
 from vistok.files import replaced
 from vistok.metrics import Protocol
 
-PAGE, TABLE, PICTURES = "report.html", "report.csv", "pictures"
+PAGE, TABLE, MARKDOWN, PICTURES = "report.html", "report.csv", "report.md", "pictures"
 PLOTS = {"quality-passes.png": "passes", "quality-tokens.png": "tokens"}
 
 
@@ -88,6 +88,7 @@ def write_report(folder: Path, heading: Heading, lines: Sequence[Line]) -> None:
     """Write the table, the plots and the page, which holds the pictures of `folder`/pictures:
     reconstructions, and a strip of samples for each line."""
     write_csv(folder / TABLE, lines)
+    write_markdown(folder / MARKDOWN, lines)
     for name, against in PLOTS.items():
         plot(folder / name, lines, against)
     environment = jinja2.Environment(
@@ -131,6 +132,17 @@ def write_csv(file: Path, lines: Sequence[Line]) -> None:
         writer = csv.DictWriter(stream, [field.name for field in fields(Line)])
         writer.writeheader()
         writer.writerows(map(asdict, lines))
+
+
+def write_markdown(file: Path, lines: Sequence[Line]) -> None:
+    """Write the table for a README, the best of each column in bold."""
+    rows = [["system", *(COLUMNS[name][0] for name in columns(lines))]]
+    rows.append(["---"] * len(rows[0]))
+    for line in lines:
+        shown = (f"**{text}**" if best else text for text, best in cells(line, lines))
+        rows.append([line.system, *shown])
+    with replaced(file) as aside:
+        aside.write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), encoding="utf-8")
 
 
 def plot(file: Path, lines: Sequence[Line], against: str) -> None:

@@ -1,7 +1,6 @@
 """What a comparison says of its rows: pipelines, their speed, their pictures, their lines."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from vistok.files import replaced
 from vistok.images import image_grid
 from vistok.metrics import Result
 from vistok.pipelines import ImagePipeline
-from vistok.speed import Case, measure
+from vistok.speed import Case, device_name, measure
 
 SHOWN = 18  # pictures of a strip
 
@@ -59,18 +58,12 @@ def paces(
     }
     kept = {
         "made_of": made_of,
-        "device": device_name(),
+        "device": device_name(next(iter(pipelines.values())).device),
         "rows": {k: asdict(v) for k, v in rows.items()},
     }
     with replaced(file) as aside:
         aside.write_text(json.dumps(kept, indent=2))
     return rows, kept["device"]
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"a CPU, {torch.get_num_threads()} of {os.cpu_count()} processors"
 
 
 def describe(
