@@ -119,7 +119,9 @@ class Page:
                     allow_custom_value=True,
                 )
                 with gr.Row():
-                    guidance = gr.Textbox(spelt(decoding.guidance), label="guidance")
+                    guidance = gr.Textbox(
+                        spelt(decoding.guidance), label="guidance", elem_id="guidance"
+                    )
                     temperature = gr.Textbox(spelt(decoding.temperature), label="temperature")
                 with gr.Row():
                     top_k = gr.Textbox(spelt(decoding.top_k), label="top-k, 0: all")
@@ -132,7 +134,7 @@ class Page:
                 count = gr.Slider(1, MOST_IMAGES, 4, step=1, label="images")
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
             with gr.Column(scale=3):
-                picture = gr.Image(label="images", format="png", elem_id="generated")
+                picture = result("images", SHOWN, elem_id="generated")
                 progress = gr.Markdown(elem_id="progress")
 
         @in_one_line
@@ -152,7 +154,7 @@ class Page:
         spec, lengths = self.tokenizer.spec, self.tokenizer.spec.lengths
         with gr.Row():
             with gr.Column():
-                upload = self.picture(blocks, "picture", 0)
+                picture, changes = self.picture(blocks, "picture", 2)
                 number = gr.Slider(
                     1,
                     max(2, len(lengths)),
@@ -162,8 +164,8 @@ class Page:
                     visible=spec.has_prefixes,
                     elem_id="length",
                 )
-            original = gr.Image(label="as the tokenizer reads it", format="png")
-            result = gr.Image(label="reconstruction", format="png", elem_id="reconstruction")
+            original = result("as the tokenizer reads it", 400)
+            reconstruction = result("reconstruction", 400, elem_id="reconstruction")
         facts = gr.Markdown(elem_id="facts")
 
         @in_one_line
@@ -173,17 +175,19 @@ class Page:
             made = reconstruct(self.tokenizer, read(path), lengths[number - 1])
             return shown(made.original), shown(made.image), str(made)
 
-        for event in (upload.change, number.release):
-            event(update, [upload, number], [original, result, facts], **ONE_AT_A_TIME)
+        for event in (*changes, number.release):
+            event(update, [picture, number], [original, reconstruction, facts], **ONE_AT_A_TIME)
 
     def tab_to_edit(self, blocks: gr.Blocks) -> None:
         with gr.Row():
-            a, b = (self.picture(blocks, name, i) for i, name in enumerate("AB"))
+            (a, a_changes), (b, b_changes) = (
+                self.picture(blocks, name, number) for number, name in enumerate("AB")
+            )
         region, mask_of = self.region()
         swap = gr.Button("Exchange A and B")
         with gr.Row():
-            results = [gr.Image(label=name, format="png") for name in ("A", "B")]
-            results.append(gr.Image(label="the mix", format="png", elem_id="mix"))
+            names = {"a": "A in tokens", "b": "B in tokens", "mix": "the mix"}
+            results = [result(label, 260, elem_id=name) for name, label in names.items()]
 
         @in_one_line
         def update(a, b, *region):
@@ -192,9 +196,10 @@ class Page:
             images = mixed(self.tokenizer, read(a), read(b), mask_of(*region))
             return [shown(image) for image in images.split(1)]
 
-        for event in (a.change, b.change, *(slider.release for slider in region)):
+        swapped = swap.click(lambda a, b: (b, a), [a, b], [a, b])
+        moved = [slider.release for slider in region]
+        for event in (*a_changes, *b_changes, swapped.then, *moved):
             event(update, [a, b, *region], results, **ONE_AT_A_TIME)
-        swap.click(lambda a, b: (b, a), [a, b], [a, b])
         if self.pipeline is None or not redraws(self.pipeline):
             return
 
@@ -228,7 +233,7 @@ class Page:
         with gr.Row():
             for name, side in zip(("row", "column"), spec.shape, strict=True):
                 for edge, value in (("first", side // 4), ("last", side - side // 4 - 1)):
-                    label = f"{edge} {name} of tokens from B"
+                    label = f"{edge} {name} from B"
                     sliders.append(gr.Slider(0, side - 1, value, step=1, label=label))
 
         def mask(top, bottom, left, right):
@@ -236,20 +241,27 @@ class Page:
 
         return sliders, mask
 
-    def picture(self, blocks: gr.Blocks, label: str, first: int) -> gr.Image:
-        """Return a place for a picture, uploaded or one of those built in."""
+    def picture(self, blocks: gr.Blocks, label: str, first: int) -> tuple[gr.Image, list[Callable]]:
+        """Return a place for a picture, uploaded or one of those built in, and the events after
+        which it is another."""
         names = list(dict.fromkeys(self.emoji.captions))
         with gr.Column():
             image = gr.Image(
-                label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"]
+                label=label,
+                type="filepath",
+                image_mode=None,
+                sources=["upload", "clipboard"],
+                buttons=[],
+                height=200,
             )
             chosen = gr.Dropdown(names, value=names[first], label="built-in pictures")
 
         def built_in(name: str) -> Image.Image:
             return self.emoji[self.emoji.captions.index(name)].image
 
-        gr.on([blocks.load, chosen.change], built_in, chosen, image)
-        return image
+        # The event `change` of an image also comes where its tab is opened.
+        built = gr.on([blocks.load, chosen.input], built_in, chosen, image)
+        return image, [built.then, image.upload, image.clear]
 
     def subject(self, several: bool) -> gr.Textbox | gr.Dropdown:
         """Return where one says what images are of."""
@@ -269,6 +281,18 @@ class Page:
         subjects = [subjects[i % len(subjects)] for i in range(count)]
         as_text = self.pipeline.conditioning == "text"
         return (self.pipeline.captions if as_text else self.pipeline.labels)(subjects)
+
+
+def result(label: str, height: int, **options: str) -> gr.Image:
+    """Return a place for a picture that is made."""
+    return gr.Image(
+        label=label,
+        height=height,
+        format="png",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        **options,
+    )
 
 
 def read(path: str) -> Image.Image:
