@@ -29,8 +29,8 @@ def main(shell: Literal["bash", "zsh", "fish"]) -> None:
     parser = ArgumentParser(prog="vistok")
     subcommands = parser.add_subcommands()
     for name, module in command_modules().items():
-        main = importlib.import_module(f"{commands.__name__}.{module}").main
-        command = parser_of(main, f"vistok {name}")
+        imported = importlib.import_module(f"{commands.__name__}.{module}")
+        command = parser_of(imported.main, f"vistok {name}")
         complete(command)
         subcommands.add_subcommand(name, command, help=summary(module))
     print(parser.get_completion_script(f"shtab-{shell}"))
