@@ -174,7 +174,7 @@ class FlexTok(QuantizedTokenizer):
     @torch.no_grad()
     def decode_latents(
         self,
-        tokens: Int64[Tensor, "b k"],
+        tokens: Tensor,
         lengths: Int64[Tensor, "b"] | None = None,
         noise: Noise | None = None,
         size: tuple[int, int] | None = None,
