@@ -155,7 +155,7 @@ class FlexTok(QuantizedTokenizer):
     def to_latents(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k d"]:
         return self.encoder(self.vae.encode(images))
 
-    def encode_latents(self, latents: Float[Tensor, "b c h w"]) -> Int64[Tensor, "b k"]:
+    def encode_latents(self, latents: Float[Tensor, "b c h w"]) -> Tensor:
         """Return the tokens of an autoencoder's scaled latents."""
         return self.quantizer.encode(self.encoder(latents))
 
