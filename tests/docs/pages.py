@@ -135,6 +135,7 @@ def run(session: list[Block], checkout: Path, scratch: Path) -> tuple[int, str]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(checkout),
         "BASH_ENV": str(trap),
+        "HOME": str(scratch),
         "HF_HOME": str(scratch / "huggingface"),
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "offline",

@@ -48,9 +48,15 @@ def run_all(found: list[Block], checkout: Path, record_property) -> None:
             pytest.fail(f"{session[0]}: exit code {code}\n{output[-TAIL:]}", pytrace=False)
 
 
+def one_at_a_time(page: str):
+    """Pages that start several processes do so on the port that Accelerate takes by default."""
+    several = any("--num_processes" in b.text for b in blocks(page) if b.language in RUN)
+    return pytest.param(page, marks=pytest.mark.xdist_group("port")) if several else page
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("page", NAMES)
+@pytest.mark.parametrize("page", map(one_at_a_time, NAMES))
 def test_blocks_run_as_printed(page, checkout, record_property):
     found = blocks(page)
     if not any(block.language in RUN for block in found):
