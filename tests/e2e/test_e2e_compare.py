@@ -73,7 +73,7 @@ def test_a_comparison_is_made_kept_and_grown(capfd, spec, tmp_path, monkeypatch)
     ("change", "message"),
     [
         ({"rows": {"a": {"generator": "none"}}}, "row a: no 'none' among raster"),
-        ({"rowz": {}}, "rowz"),
+        ({"rowz": 5}, "rowz"),
         (
             {"generators": {"raster": {"tokenizer": "grid", "config": "nowhere.yaml"}}},
             "nowhere.yaml",

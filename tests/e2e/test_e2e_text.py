@@ -139,7 +139,7 @@ def test_wrong_combinations_end_in_one_line(trained, configs, text_encoder, tmp_
                 capfd, "sample/evaluate.py", "--checkpoint", trained, "--features", "random",
                 "--reference", "Emoji", "--output", tmp_path / "out",
             ),
-            "sample it by vistok generate --prompts",
+            "sample it by `vistok generate --prompts",
         ),
     ]:  # fmt: skip
         code, _, err = command()

@@ -43,13 +43,15 @@ def main(spec: Comparison, output: str = "runs/compare", launch: str = "") -> No
     (folder / PICTURES).mkdir(exist_ok=True)
     draw_reconstructions(folder / PICTURES / "reconstructions.png", spec, pipelines, held_out)
     draw_samples(folder / PICTURES / "samples.png", spec, pipelines)
-    first = next(iter(spec.rows))
+    first, row = next(iter(spec.rows.items()))
     heading = Heading(
         title=spec.title,
         budget=budget(spec),
         protocols={
             "samples": results[first].protocol,
-            "reconstructions": results[f"tokenizer {next(iter(spec.tokenizers))}"].protocol,
+            "reconstructions": results[
+                f"tokenizer {spec.generators[row.generator].tokenizer}"
+            ].protocol,
         },
         rates=f"Images a second: tokens alone, {spec.timed_batch} at once, on {device}.",
         spec=yaml.safe_dump(resolved_config()["spec"], sort_keys=False),

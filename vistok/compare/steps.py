@@ -58,7 +58,7 @@ class Steps:
         for name, entry in comparison.generators.items():
             if entry.config is not None:
                 yield self._generator(name, entry)
-        for name in comparison.tokenizers:
+        for name in dict.fromkeys(entry.tokenizer for entry in comparison.generators.values()):
             yield self._score(
                 f"scores/tokenizers/{name}", {"tokenizer": self.tokenizer(name)},
                 spelt("data", comparison.held_out), {"transform": comparison.transform},
