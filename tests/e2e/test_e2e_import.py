@@ -118,7 +118,14 @@ def test_import_info_and_sampling(imported, tmp_path, capfd):
 def test_wrong_options_of_an_import(imported, tmp_path, capfd, arguments, message):
     out = tmp_path / "pair"
     code, _, err = run(
-        capfd, "vistok/cli.py", "import", "llamagen", imported / "vq.pt", "--output", out, *arguments
+        capfd,
+        "vistok/cli.py",
+        "import",
+        "llamagen",
+        imported / "vq.pt",
+        "--output",
+        out,
+        *arguments,
     )
     assert code == 2
     assert message in err
