@@ -31,7 +31,7 @@ test: $(VENV)/installed
 	python -m pytest -n 2 -m "not slow"
 
 test-slow: $(VENV)/installed
-	python -m pytest -n 2 --dist loadgroup -m slow
+	python -m pytest -n 2 -m slow
 
 lint: $(VENV)/installed
 	ruff check .

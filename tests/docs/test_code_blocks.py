@@ -3,12 +3,14 @@ their page, in a fresh copy of the checkout; command lines of blocks that need p
 several machines are read by their command's parser."""
 
 import ast
+import fcntl
 import resource
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,10 +39,23 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+@contextmanager
+def default_port(session: list[Block]) -> Iterator[None]:
+    """Let blocks that start several processes, which meet on the port that Accelerate takes by
+    default, do so one after another, whichever process tests them."""
+    if not any("--num_processes" in block.text for block in session):
+        yield
+        return
+    with Path(tempfile.gettempdir(), "vistok-default-port.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def run_all(found: list[Block], checkout: Path, record_property) -> None:
     for session in sessions(save(found, checkout)):
         began, cpu = time.perf_counter(), cpu_seconds()
-        code, output = run(session, checkout, checkout.parent)
+        with default_port(session):
+            code, output = run(session, checkout, checkout.parent)
         spent = f"{time.perf_counter() - began:.0f} s, {cpu_seconds() - cpu:.0f} s of a CPU"
         record_property(str(session[0]), spent)
         print(f"{session[0]}: {spent}")
@@ -48,15 +63,9 @@ def run_all(found: list[Block], checkout: Path, record_property) -> None:
             pytest.fail(f"{session[0]}: exit code {code}\n{output[-TAIL:]}", pytrace=False)
 
 
-def one_at_a_time(page: str):
-    """Pages that start several processes do so on the port that Accelerate takes by default."""
-    several = any("--num_processes" in b.text for b in blocks(page) if b.language in RUN)
-    return pytest.param(page, marks=pytest.mark.xdist_group("port")) if several else page
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("page", map(one_at_a_time, NAMES))
+@pytest.mark.parametrize("page", NAMES)
 def test_blocks_run_as_printed(page, checkout, record_property):
     found = blocks(page)
     if not any(block.language in RUN for block in found):

@@ -149,6 +149,7 @@ def plot(file: Path, lines: Sequence[Line], against: str) -> None:
     """Draw FID over the passes or the tokens of an image, for tokens beside what the tokenizer
     alone costs."""
     from matplotlib.figure import Figure  # half a second that only plots need wait for
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -161,6 +162,11 @@ def plot(file: Path, lines: Sequence[Line], against: str) -> None:
             axes.scatter([x], [line.rfid], s=28, facecolors="none", edgecolors=colour)
             axes.vlines([x], line.rfid, line.fid, colors=colour, linewidth=0.6, alpha=0.6)
     axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.margins(x=0.1)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel({"passes": "passes an image", "tokens": "tokens an image"}[against])
     axes.set_ylabel("FID of samples" + (", rFID (hollow)" if against == "tokens" else ""))

@@ -20,7 +20,7 @@ from vistok.metrics import Result
 from vistok.pipelines import ImagePipeline
 from vistok.speed import Case, device_name, measure
 
-SHOWN = 18  # pictures of a strip
+SHOWN = 12  # pictures of a strip
 
 
 @dataclass(frozen=True)
@@ -129,4 +129,4 @@ def draw_reconstructions(
 def draw(file: Path, strips: list[Tensor], names: list[str]) -> None:
     pixels = strips[0].shape[-1]
     with replaced(file) as aside:
-        image_grid(torch.cat(strips), SHOWN, names, max(1, 48 // pixels)).save(aside, "PNG")
+        image_grid(torch.cat(strips), SHOWN, names, max(1, 64 // pixels)).save(aside, "PNG")
