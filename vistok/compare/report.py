@@ -5,11 +5,15 @@ import csv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 
 from vistok.files import replaced
 from vistok.metrics import Protocol
+
+if TYPE_CHECKING:  # half a second that only plots need wait for
+    from matplotlib.axes import Axes
 
 PAGE, TABLE, MARKDOWN, PICTURES = "report.html", "report.csv", "report.md", "pictures"
 PLOTS = {"quality-passes.png": "passes", "quality-tokens.png": "tokens"}
@@ -148,7 +152,7 @@ def write_markdown(file: Path, lines: Sequence[Line]) -> None:
 def plot(file: Path, lines: Sequence[Line], against: str) -> None:
     """Draw FID over the passes or the tokens of an image, for tokens beside what the tokenizer
     alone costs."""
-    from matplotlib.figure import Figure  # half a second that only plots need wait for
+    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -156,7 +160,6 @@ def plot(file: Path, lines: Sequence[Line], against: str) -> None:
     for line in lines:
         x = getattr(line, against)
         dots = axes.scatter([x], [line.fid], s=28)
-        axes.annotate(line.system, (x, line.fid), (5, 3), textcoords="offset points", fontsize=8)
         if against == "tokens":
             colour = dots.get_facecolor()
             axes.scatter([x], [line.rfid], s=28, facecolors="none", edgecolors=colour)
@@ -166,13 +169,26 @@ def plot(file: Path, lines: Sequence[Line], against: str) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
-    axes.margins(x=0.1)
+    axes.margins(x=0.15)
+    label(axes, {line.system: (getattr(line, against), line.fid) for line in lines})
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel({"passes": "passes an image", "tokens": "tokens an image"}[against])
     axes.set_ylabel("FID of samples" + (", rFID (hollow)" if against == "tokens" else ""))
     axes.grid(alpha=0.3)
     with replaced(file) as aside:
         figure.savefig(aside, format="png", dpi=120)
+
+
+def label(axes: "Axes", dots: dict[str, tuple[float, float]]) -> None:
+    """Write names to the right of dots, those of one column one above another."""
+    height = 10  # of a line of text, in points
+    to_points = 72 / axes.figure.dpi
+    top: dict[float, float] = {}  # of the last name in each column
+    for name, (x, y) in sorted(dots.items(), key=lambda dot: dot[1][1]):
+        at = axes.transData.transform((x, y))[1] * to_points
+        shift = max(0, top.get(x, at) - at)
+        top[x] = at + shift + height
+        axes.annotate(name, (x, y), (6, shift - 3), textcoords="offset points", fontsize=8)
 
 
 def embedded(file: Path) -> str:
