@@ -78,10 +78,10 @@ def check(steps: Steps) -> ImageSource:
 
 def budget(spec: Comparison) -> str:
     """Return the budget in words."""
-    trained = [*spec.tokenizers.values(), *spec.generators.values()]
-    loaded = sum(entry.checkpoint is not None for entry in trained)
     text = (
         f"Every stage of a tokenizer saw {spec.budget.tokenizer_images:,} images, every generator "
         f"{spec.budget.generator_images:,}, of the same data."
     )
-    return f"{text} {loaded} of the models were loaded, not trained here." if loaded else text
+    models = [*spec.tokenizers.items(), *spec.generators.items()]
+    loaded = ", ".join(name for name, entry in models if entry.checkpoint is not None)
+    return f"{text} Loaded, not trained here: {loaded}." if loaded else text

@@ -14,6 +14,7 @@ from vistok.compare.report import Line
 from vistok.compare.spec import Comparison
 from vistok.compare.steps import Steps
 from vistok.data import EvaluationImages, ImageSource, Transform
+from vistok.decoding import Decoding
 from vistok.files import replaced
 from vistok.images import image_grid
 from vistok.metrics import Result
@@ -74,14 +75,14 @@ def describe(
     tokenizer, generator = pipeline.tokenizer, pipeline.generator
     samples = results[name].scores
     made = results[f"tokenizer {spec.generators[row.generator].tokenizer}"].scores
-    tokens = tokenizer.spec
+    tokens, usual = tokenizer.spec, Decoding().to_dict()
+    settings = {"plan": generator.orders[0]}
+    settings |= {k: v for k, v in pipeline.decoding.to_dict().items() if v != usual.get(k)}
     return Line(
         system=name,
         tokenizer=f"{type(tokenizer).__name__}, {tokens}",
         generator=f"{type(generator).__name__}, {type(generator.head).__name__}",
-        decoding=", ".join(
-            f"{k} {v}" for k, v in {"plan": generator.orders[0], **row.decoding}.items()
-        ),
+        decoding=", ".join(f"{k} {v}" for k, v in settings.items()),
         tokenizer_parameters=tokenizer.num_parameters(),
         generator_parameters=generator.num_parameters(),
         tokens=tokens.num_tokens,
