@@ -1,16 +1,17 @@
 """The report of a comparison: one HTML page, a CSV, the table in Markdown, two plots of quality."""
 
 import base64
-import csv
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
 
+from vistok.curves import write_table
 from vistok.files import replaced
 from vistok.metrics import Protocol
+from vistok.speed import table
 
 if TYPE_CHECKING:  # half a second that only plots need wait for
     from matplotlib.axes import Axes
@@ -91,7 +92,7 @@ class Heading:
 def write_report(folder: Path, heading: Heading, lines: Sequence[Line]) -> None:
     """Write the table, the plots and the page, which holds the pictures of `folder`/pictures:
     reconstructions, and a strip of samples for each line."""
-    write_csv(folder / TABLE, lines)
+    write_table(folder / TABLE, [asdict(line) for line in lines])
     write_markdown(folder / MARKDOWN, lines)
     for name, against in PLOTS.items():
         plot(folder / name, lines, against)
@@ -130,23 +131,15 @@ def cells(line: Line, lines: Sequence[Line]) -> list[tuple[str, bool]]:
     return shown
 
 
-def write_csv(file: Path, lines: Sequence[Line]) -> None:
-    """Write the lines, all numbers in full."""
-    with replaced(file) as aside, aside.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [field.name for field in fields(Line)])
-        writer.writeheader()
-        writer.writerows(map(asdict, lines))
-
-
 def write_markdown(file: Path, lines: Sequence[Line]) -> None:
     """Write the table for a README, the best of each column in bold."""
-    rows = [["system", *(COLUMNS[name][0] for name in columns(lines))]]
-    rows.append(["---"] * len(rows[0]))
+    titles = [COLUMNS[name][0] for name in columns(lines)]
+    rows = []
     for line in lines:
         shown = (f"**{text}**" if best else text for text, best in cells(line, lines))
-        rows.append([line.system, *shown])
+        rows.append({"system": line.system, **dict(zip(titles, shown, strict=True))})
     with replaced(file) as aside:
-        aside.write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), encoding="utf-8")
+        aside.write_text(table(rows) + "\n", encoding="utf-8")
 
 
 def plot(file: Path, lines: Sequence[Line], against: str) -> None:

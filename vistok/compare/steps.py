@@ -33,10 +33,6 @@ class Step:
     arguments: tuple[str, ...]
     after: tuple[str, ...] = ()
 
-    @property
-    def trains(self) -> bool:
-        return self.module in (TRAIN_TOKENIZER, TRAIN_GENERATOR)
-
 
 class Steps:
     """The steps of a comparison in the folder `output`, in an order that works."""
@@ -48,16 +44,16 @@ class Steps:
         comparison = self.comparison
         for name in comparison.tokenizers_in_order():
             yield from self._tokenizer(name, comparison.tokenizers[name])
-        for name in {entry.tokenizer: None for entry in self._trained_generators()}:
+        trained = {k: each for k, each in comparison.generators.items() if each.config is not None}
+        for name in dict.fromkeys(entry.tokenizer for entry in trained.values()):
             yield self._vistok(
                 f"tokens/{name}", "cache", {"tokenizer": self.tokenizer(name)},
                 spelt("data", comparison.data),
                 {"transform": comparison.transform, "output": self.output / "tokens" / name},
                 after=(f"tokenizers/{name}",),
             )  # fmt: skip
-        for name, entry in comparison.generators.items():
-            if entry.config is not None:
-                yield self._generator(name, entry)
+        for name, entry in trained.items():
+            yield self._generator(name, entry)
         for name in dict.fromkeys(entry.tokenizer for entry in comparison.generators.values()):
             yield self._score(
                 f"scores/tokenizers/{name}", {"tokenizer": self.tokenizer(name)},
@@ -93,9 +89,6 @@ class Steps:
     def pair(self, name: str) -> str:
         """Return the folder of a generator and its tokenizer."""
         return str(self.output / "pairs" / name)
-
-    def _trained_generators(self) -> list[GeneratorEntry]:
-        return [entry for entry in self.comparison.generators.values() if entry.config is not None]
 
     def _tokenizer(self, name: str, entry: TokenizerEntry) -> Iterator[Step]:
         key, output = f"tokenizers/{name}", {"output": self.output / "tokenizers" / name}
